@@ -1,0 +1,77 @@
+"""Answers for people and for JSON: labels with their texts, scores and evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from raexmc_ray.predict import Evidence, Predictions
+
+
+class KeyVote(BaseModel):
+    """A key of the memory that voted for a label."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    key_id: int
+    kind: str
+    """`instance` or `label`."""
+    uid: str
+    text: str
+    similarity: float
+    """Cosine of the text and the key, in [−1, 1]."""
+    share: float
+    """The part of the label's score that this key gave, in (0, 1]."""
+
+
+class ScoredLabel(BaseModel):
+    """A label that fits a text."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    label: int
+    """Index of the label in its corpus."""
+    uid: str
+    text: str
+    score: float
+    """p̂ of the label, in (0, 1]."""
+    evidence: list[KeyVote] | None = None
+    """The keys that voted for it most, if asked for."""
+
+
+def make_answers(
+    predictions: Predictions,
+    labels: pa.Table,
+    evidence: Evidence | None = None,
+    keys: Mapping[int, Mapping[str, str]] | None = None,
+) -> list[list[ScoredLabel]]:
+    """For each query its labels, the best first; no padding.
+
+    labels: Arrow table (index, uid, text) of all labels. keys: what `join_keys` gives for the keys in
+    `evidence`.
+    """
+    cells = predictions.labels_Bk.ravel()
+    found = np.flatnonzero(cells >= 0)
+    rows = labels.select(["uid", "text"]).take(cells[found]).to_pylist()
+    answers: list[list[ScoredLabel]] = [[] for _ in range(len(predictions))]
+    scores, k = predictions.scores_Bk.ravel(), predictions.labels_Bk.shape[1]
+    for cell, row in zip(found, rows, strict=True):
+        votes = _votes(int(cell), evidence, keys) if evidence is not None and keys is not None else None
+        answers[cell // k].append(
+            ScoredLabel(label=int(cells[cell]), score=float(scores[cell]), evidence=votes, **row)
+        )
+    return answers
+
+
+def _votes(cell: int, evidence: Evidence, keys: Mapping[int, Mapping[str, Any]]) -> list[KeyVote]:
+    return [
+        KeyVote(
+            key_id=int(evidence.key_ids[i]),
+            similarity=float(evidence.similarities[i]),
+            share=float(evidence.shares[i]),
+            **keys[int(evidence.key_ids[i])],
+        )
+        for i in range(evidence.offsets[cell], evidence.offsets[cell + 1])
+    ]

@@ -1,0 +1,104 @@
+"""Text files line by line: plain or gzip, checked to be whole and clean."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from raexmc_ray.corpus.types import CorpusError
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """`folder/name`, or its gzip, or None. Both at once is ambiguous, and refused."""
+    found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+    if len(found) > 1:
+        raise CorpusError(found[0], f"{found[1].name} is there too: keep one of the two")
+    return found[0] if found else None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of a UTF-8 text file, gzip where the name ends in .gz.
+
+    Raises CorpusError at a NUL byte, at bytes that are not UTF-8, and where the gzip stream is cut short.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, 1):
+                if b"\0" in raw:
+                    raise CorpusError(path, "there is a NUL byte: the file is damaged", line=number)
+                try:
+                    yield number, raw.decode("utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise CorpusError(
+                        path,
+                        f"invalid UTF-8 at byte {error.start + 1} of the line ({error.reason}): "
+                        "convert the file to UTF-8",
+                        line=number,
+                    ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(
+            path, f"the gzip stream is cut short or damaged ({error}): copy the file again", line=number + 1
+        ) from None
+    except OSError as error:
+        raise CorpusError(path, f"cannot be read: {error.strerror or error}") from None
+
+
+def check_text(path: Path, line: int, field: str, text: str) -> str:
+    """`text`, unless it is empty, blank or carries a NUL."""
+    if "\0" in text:
+        raise CorpusError(path, "there is a NUL byte in the text: remove it", line=line, field=field)
+    if not text.strip():
+        raise CorpusError(
+            path, "the text is empty: give the row a text, or drop the row", line=line, field=field
+        )
+    return text
+
+
+class UniqueUids:
+    """Refuses a uid that came before in the same file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._first: dict[str, int] = {}
+
+    def add(self, line: int, uid: str) -> None:
+        if not uid:
+            raise CorpusError(self._path, "the uid is empty", line=line, field="uid")
+        first = self._first.setdefault(uid, line)
+        if first != line:
+            raise CorpusError(
+                self._path,
+                f"duplicate uid {uid!r}, first on line {first}: uids are unique in a file",
+                line=line,
+                field="uid",
+            )
+
+
+def read_pairs(path: Path | None, rows: int, columns: int) -> tuple[list[int], list[int]]:
+    """The pairs of a filter file: lines "row label", from 0. No file, no pairs; repeats count once."""
+    pairs: dict[tuple[int, int], None] = {}
+    for number, line in read_lines(path) if path else ():
+        if not line.strip():
+            continue
+        parts = line.split()
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            raise CorpusError(path, f"expected 'row label', two integers; found {line[:60]!r}", line=number)  # type: ignore[arg-type]
+        pair = int(parts[0]), int(parts[1])
+        for value, bound, field in zip(pair, (rows, columns), ("row", "label"), strict=True):
+            if value >= bound:
+                raise CorpusError(
+                    path,  # type: ignore[arg-type]
+                    f"{value} is out of range: there are {bound:,} {field}s, numbered from 0",
+                    line=number,
+                    field=field,
+                )
+        pairs[pair] = None
+    return [row for row, _ in pairs], [label for _, label in pairs]
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]

@@ -1,0 +1,100 @@
+"""The Parquet layout: `instances.parquet` (uid, text, labels list<int64>), `labels.parquet` (uid, text) and an
+optional `test.parquet` with the columns of the instances. Line numbers in errors are row numbers, from 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raexmc_ray.corpus.lines import check_text, find, read_pairs
+from raexmc_ray.corpus.types import Corpus, CorpusError, Split, pair_matrix
+
+
+def read(folder: Path, fields: Sequence[str]) -> Corpus:
+    """The corpus in `folder`. A row has one text here, so `fields` does not apply."""
+    del fields
+    labels = _read_texts(folder / "labels.parquet")
+    train = _read_split(folder / "instances.parquet", len(labels), find(folder, "filter_labels_train.txt"))
+    test_path = folder / "test.parquet"
+    test = (
+        _read_split(test_path, len(labels), find(folder, "filter_labels_test.txt"))
+        if test_path.is_file()
+        else train.take(np.arange(0))
+    )
+    return Corpus(train, test, labels)
+
+
+def _read_table(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise CorpusError(path, "is missing")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorpusError(path, f"is not a whole Parquet file ({error})") from None
+    if not len(table):
+        raise CorpusError(path, "there is no row in it")
+    return table
+
+
+def _read_texts(path: Path, table: pa.Table | None = None) -> pa.Table:
+    table = _read_table(path) if table is None else table
+    columns = {}
+    for name in ("uid", "text"):
+        if name not in table.column_names:
+            raise CorpusError(path, f"there is no such column; found {table.column_names}", field=name)
+        try:
+            column = table[name].cast(pa.string())
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise CorpusError(path, f"cannot be read as strings ({error})", field=name) from None
+        if column.null_count:
+            row = int(np.flatnonzero(np.asarray(column.is_null()))[0]) + 1
+            raise CorpusError(path, "is null", line=row, field=name)
+        columns[name] = column
+    blank = pc.or_(pc.equal(pc.utf8_trim_whitespace(columns["text"]), ""), pc.match_substring(columns["text"], "\0"))
+    for row in np.flatnonzero(np.asarray(blank)):
+        check_text(path, int(row) + 1, "text", columns["text"][int(row)].as_py())
+    counts = pc.value_counts(columns["uid"])
+    if len(counts) < len(table):
+        twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
+        line = int(np.flatnonzero(np.asarray(pc.equal(columns["uid"], twice)))[1]) + 1
+        raise CorpusError(path, f"duplicate uid {twice!r}", line=line, field="uid")
+    return pa.table(columns)
+
+
+def _read_split(path: Path, labels: int, filter_path: Path | None) -> Split:
+    table = _read_table(path)
+    texts = _read_texts(path, table)
+    if "labels" not in table.column_names:
+        raise CorpusError(path, f"there is no such column; found {table.column_names}", field="labels")
+    try:
+        targets = table["labels"].cast(pa.list_(pa.int64())).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise CorpusError(path, f"is not a list of integers ({error})", field="labels") from None
+    counts = np.asarray(pc.fill_null(pc.list_value_length(targets), 0))
+    rows = np.repeat(np.arange(len(table)), counts)
+    if targets.flatten().null_count:
+        raise CorpusError(path, "there is a null among the labels", field="labels")
+    columns = np.asarray(targets.flatten())
+    outside = np.flatnonzero((columns < 0) | (columns >= labels))
+    if len(outside):
+        at = outside[0]
+        what = "negative" if columns[at] < 0 else "out of range"
+        raise CorpusError(
+            path,
+            f"label index {columns[at]} is {what}: there are {labels:,} labels, numbered from 0",
+            line=int(rows[at]) + 1,
+            field="labels",
+        )
+    shape = (len(table), labels)
+    pairs = np.sort(rows * labels + columns)
+    twice = pairs[1:][pairs[1:] == pairs[:-1]]
+    if len(twice):
+        row, label = divmod(int(twice[0]), labels)
+        raise CorpusError(path, f"label index {label} is there twice", line=row + 1, field="labels")
+    filtered = pair_matrix(*read_pairs(filter_path, *shape), shape)
+    return Split(texts, pair_matrix(rows, columns, shape), filtered)

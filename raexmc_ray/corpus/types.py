@@ -1,0 +1,121 @@
+"""What a corpus is in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+
+
+class CorpusError(ValueError):
+    """Input that cannot be read as a corpus: names the file, the line (from 1), the field, and the remedy."""
+
+    def __init__(self, path: Path, what: str, *, line: int | None = None, field: str | None = None) -> None:
+        where = str(path) + (f", line {line}" if line else "") + (f", field {field!r}" if field else "")
+        super().__init__(f"{where}: {what}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Instances with their labels.
+
+    texts: Arrow table (uid: string, text: string), a row an instance.
+    relevance: CSR [rows, L] of float32 ones, indices sorted.
+    filtered: CSR [rows, L] of float32 ones: pairs that are dropped from predictions before scoring, because
+        label and instance are the same thing.
+    """
+
+    texts: pa.Table
+    relevance: sp.csr_matrix
+    filtered: sp.csr_matrix
+
+    def __post_init__(self) -> None:
+        assert self.relevance.shape == self.filtered.shape, "filter pairs and relevance differ in shape"
+        assert len(self.texts) == self.relevance.shape[0], "texts and relevance differ in rows"
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def labels_per_row(self) -> np.ndarray:
+        """int32 [rows]: how many labels each instance has."""
+        return np.diff(self.relevance.indptr)
+
+    @property
+    def unlabelled(self) -> int:
+        """Instances without a label: legal, not trained on, excluded from every mean of the metrics."""
+        return int((self.labels_per_row == 0).sum())
+
+    def take(self, rows: np.ndarray) -> Split:
+        """The split of these rows, in this order."""
+        return Split(self.texts.take(rows), self.relevance[rows], self.filtered[rows])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training instances, test instances (may be empty) and labels (Arrow table: uid, text)."""
+
+    train: Split
+    test: Split
+    labels: pa.Table
+
+    def __post_init__(self) -> None:
+        for split in (self.train, self.test):
+            assert split.relevance.shape[1] == len(self.labels), "relevance and labels differ"
+
+    def hold_out(self, share: float, seed: int = 0) -> Corpus:
+        """The corpus in which `share` of the training rows stands in for the test part.
+
+        A pure function of the corpus, the share and the seed. The filter pairs of the training part hold for
+        the rows held out. Labels that no remaining training row has are taken from the rows held out, as the
+        public benchmarks do with their test parts: else the rows held out would be richer in unseen labels
+        than the test part, and settings chosen on them would trust the labels too much.
+        """
+        order = np.random.default_rng([seed, 1]).permutation(len(self.train))
+        held_out = np.sort(order[: round(share * len(order))])
+        kept = np.sort(order[len(held_out) :])
+        train, test = self.train.take(kept), self.train.take(held_out)
+        seen = np.bincount(train.relevance.indices, minlength=len(self.labels)) > 0
+        relevance = sp.csr_matrix(test.relevance @ sp.diags_array(seen.astype(np.float32)))
+        relevance.eliminate_zeros()
+        return Corpus(train, Split(test.texts, relevance, test.filtered), self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the training texts, the label texts and the training relevance."""
+        digest = hashlib.sha256()
+        for table in (self.train.texts, self.labels):
+            for name in ("uid", "text"):
+                digest.update("\0".join(table[name].to_pylist()).encode())
+                digest.update(b"\0\0")
+        digest.update(self.train.relevance.indptr.astype(np.int64).tobytes())
+        digest.update(self.train.relevance.indices.astype(np.int64).tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """One line for people: how much of what there is."""
+        rows = len(self.train) or 1
+        return (
+            f"{len(self.train):,} training instances ({self.train.unlabelled:,} without a label), "
+            f"{len(self.test):,} test instances ({self.test.unlabelled:,} without a label), "
+            f"{len(self.labels):,} labels, {self.train.relevance.nnz / rows:.2f} labels a row"
+        )
+
+
+def text_table(uids: Sequence[str], texts: Sequence[str]) -> pa.Table:
+    """The Arrow table (uid, text) of these rows."""
+    return pa.table({"uid": pa.array(uids, pa.string()), "text": pa.array(texts, pa.string())})
+
+
+def pair_matrix(rows: Sequence[int], columns: Sequence[int], shape: tuple[int, int]) -> sp.csr_matrix:
+    """CSR of float32 ones at (rows, columns), which are distinct pairs within `shape`; indices sorted."""
+    ones = np.ones(len(rows), np.float32)
+    matrix = sp.csr_matrix((ones, (np.asarray(rows, np.int64), np.asarray(columns, np.int64))), shape=shape)
+    matrix.sort_indices()
+    return matrix

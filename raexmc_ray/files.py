@@ -1,0 +1,107 @@
+"""A folder on any pyarrow filesystem: a local path, or an `s3://` or `gs://` URL."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder and the filesystem it is on."""
+
+    filesystem: pafs.FileSystem
+    path: str
+
+    @classmethod
+    def at(cls, url: str | Path) -> Folder:
+        """The folder at a path or URL; it need not exist."""
+        if "://" in str(url):
+            return cls(*pafs.FileSystem.from_uri(str(url)))
+        return cls(pafs.LocalFileSystem(), str(Path(url).expanduser().resolve()))
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(self.filesystem, f"{self.path}/{name}")
+
+    def __str__(self) -> str:
+        return self.path if self.is_local else f"{self.filesystem.type_name}://{self.path}"
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    def size(self) -> int | None:
+        """Bytes of the file at this path, or None where there is no file."""
+        info = self.filesystem.get_file_info(self.path)
+        return info.size if info.type == pafs.FileType.File else None
+
+    def names(self) -> list[str]:
+        """Names of the files and folders in this folder, sorted; none where there is no folder."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def read(self) -> bytes:
+        """All bytes of the file at this path. Raises FileNotFoundError."""
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return stream.read()
+
+    def write(self, data: bytes) -> None:
+        """Put `data` at this path in one atomic step: a reader sees the old file or the whole new one."""
+        parent, _, name = self.path.rpartition("/")
+        self.filesystem.create_dir(parent, recursive=True)
+        if not self.is_local:  # an object store shows an object only when it is whole
+            with self.filesystem.open_output_stream(self.path) as stream:
+                stream.write(data)
+            return
+        handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, self.path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    def upload(self, local: Path) -> None:
+        """Copy a local file or the files of a local folder to this path."""
+        source = pafs.LocalFileSystem()
+        if local.is_dir():
+            self.filesystem.create_dir(self.path, recursive=True)
+            pafs.copy_files(str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem)
+        else:
+            self.filesystem.create_dir(self.path.rpartition("/")[0], recursive=True)
+            pafs.copy_files(
+                str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem
+            )
+
+    def local(self, cache: Path) -> Path:
+        """A local path with this file's or folder's content: itself, or a copy under `cache`."""
+        if self.is_local:
+            return Path(self.path)
+        target = cache / self.name
+        if self.size() is None:
+            target.mkdir(parents=True, exist_ok=True)
+        pafs.copy_files(self.path, str(target), source_filesystem=self.filesystem)
+        return target
+
+    def sha256(self) -> str:
+        """Of the file's bytes, read in chunks."""
+        digest = hashlib.sha256()
+        with self.filesystem.open_input_stream(self.path) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()

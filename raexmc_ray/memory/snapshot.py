@@ -1,0 +1,198 @@
+"""The memory on disk: immutable snapshots, published by one atomic step.
+
+    MEMORY/
+      CURRENT                    one line: the id of the current snapshot, replaced atomically
+      snapshots/ID/
+        manifest.json            what is in it, with size and sha256 of every file; written last
+        encoder/                 safetensors, tokenizer, config
+        labels.parquet           index, uid, text
+        segments/0000/shard-0000/
+          index.faiss            embeddings
+          values.arrow           CSR: the labels that each key votes for
+          keys.parquet           key_id, kind, uid, text
+
+A snapshot is a list of segments; a build makes one. Readers refuse what is torn, altered, foreign or too new,
+naming the file. Nothing in a snapshot is code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.files import Folder
+from raexmc_ray.recipe import PredictionSection
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LABELS = "labels.parquet"
+ENCODER = "encoder"
+
+
+class SnapshotError(ValueError):
+    """A memory that cannot be read: names the file, and what is wrong with it."""
+
+
+class FileEntry(BaseModel):
+    """What a file must be: its bytes, and the sha256 over them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What is in a snapshot."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    format_version: int = FORMAT_VERSION
+    id: str
+    created: str
+    """UTC, ISO 8601."""
+    instances: int
+    labels: int
+    dimension: int
+    """Numbers in a key."""
+    shards: int
+    index: str
+    """Kind of FAISS index."""
+    segments: list[str]
+    """Names of the segments, in the order in which they were added."""
+    encoder_fingerprint: str
+    defaults: PredictionSection
+    """λ, temperature, neighbours and k where a call does not give them."""
+    recipe: dict[str, object] | None = None
+    """The recipe that the memory was built from."""
+    files: dict[str, FileEntry]
+    """Every file of the snapshot but this one."""
+
+    @property
+    def keys(self) -> int:
+        return self.instances + self.labels
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A published snapshot: its manifest was read, its files are checked as they are asked for."""
+
+    folder: Folder
+    manifest: Manifest
+    _cache: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list, compare=False, repr=False)
+
+    def file(self, name: str, verify: bool = True) -> Path:
+        """A local path of the file, whose size, and with `verify` whose checksum, is as the manifest says."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise SnapshotError(f"{self.folder / name}: the manifest does not list this file")
+        check_file(self.folder / name, entry, verify)
+        return (self.folder / name).local(self._cache_for(name))
+
+    def encoder_folder(self) -> Path:
+        """A local path of the encoder's folder, every file of it verified."""
+        names = [name for name in self.manifest.files if name.startswith(f"{ENCODER}/")]
+        if not names:
+            raise SnapshotError(f"{self.folder / ENCODER}: the manifest lists no encoder")
+        return [self.file(name) for name in names][0].parent
+
+    def encoder(self) -> TextEncoder:
+        """The encoder that made the keys. Raises SnapshotError where it is another."""
+        encoder = TextEncoder.load(str(self.encoder_folder()))
+        if encoder.fingerprint != self.manifest.encoder_fingerprint:
+            raise SnapshotError(
+                f"{self.folder / ENCODER}: this encoder (fingerprint {encoder.fingerprint[:12]}) is not the one "
+                f"that made the keys ({self.manifest.encoder_fingerprint[:12]}): build the memory again"
+            )
+        return encoder
+
+    def _cache_for(self, name: str) -> Path:
+        if self.folder.is_local:
+            return Path(self.folder.path)
+        if not self._cache:
+            self._cache.append(tempfile.TemporaryDirectory(prefix="raexmc-snapshot-"))
+        parent = Path(self._cache[0].name) / Path(name).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        return parent
+
+
+def shard_file(segment: str, shard: int, name: str) -> str:
+    """The name, within a snapshot, of a shard's file."""
+    return f"segments/{segment}/shard-{shard:04d}/{name}"
+
+
+def describe_file(path: Path) -> FileEntry:
+    """The manifest's entry for a local file."""
+    return FileEntry(size=path.stat().st_size, sha256=Folder.at(path).sha256())
+
+
+def check_file(file: Folder, entry: FileEntry, verify: bool = True) -> None:
+    """Raise SnapshotError unless `file` has the size and, with `verify`, the checksum of `entry`."""
+    size = file.size()
+    if size is None:
+        raise SnapshotError(f"{file}: is missing; the manifest lists it")
+    if size != entry.size:
+        raise SnapshotError(f"{file}: has {size:,} bytes, the manifest says {entry.size:,}: it is torn")
+    if verify and file.sha256() != entry.sha256:
+        raise SnapshotError(f"{file}: its sha256 is not the manifest's: it was altered")
+
+
+def publish(memory: Folder, manifest: Manifest) -> None:
+    """Make a snapshot, all of whose files are written, the current one."""
+    text = manifest.model_dump_json(indent=2, by_alias=True)
+    (memory / "snapshots" / manifest.id / MANIFEST).write(text.encode() + b"\n")
+    (memory / "CURRENT").write(f"{manifest.id}\n".encode())
+
+
+def is_complete(memory: Folder, snapshot: str) -> bool:
+    """Whether this snapshot was written to its end."""
+    return (memory / "snapshots" / snapshot / MANIFEST).size() is not None
+
+
+def open_snapshot(memory: str | Path | Folder, snapshot: str | None = None) -> Snapshot:
+    """The current snapshot of a memory, or the one named. Raises FileNotFoundError and SnapshotError."""
+    memory = memory if isinstance(memory, Folder) else Folder.at(memory)
+    current = memory / "CURRENT"
+    if snapshot is None:
+        if current.size() is None:
+            raise FileNotFoundError(
+                f"no memory at {memory}: there is no CURRENT in it. Build one with `raexmc build`, or `make demo`"
+            )
+        snapshot = current.read().decode("utf-8", "replace").strip()
+    if not snapshot or "/" in snapshot or snapshot.startswith("."):
+        raise SnapshotError(f"{current}: {snapshot!r} is not the id of a snapshot")
+    folder = memory / "snapshots" / snapshot
+    return Snapshot(folder, _read_manifest(folder / MANIFEST, snapshot))
+
+
+def _read_manifest(file: Folder, snapshot: str) -> Manifest:
+    if file.size() is None:
+        raise SnapshotError(f"{file}: is missing: the snapshot {snapshot} was never finished, or was removed")
+    try:
+        content = json.loads(file.read())
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SnapshotError(f"{file}: is torn or not a manifest ({error})") from None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise SnapshotError(
+            f"{file}: has format version {version}; this raexmc_ray reads up to {FORMAT_VERSION}: update it"
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise SnapshotError(f"{file}: {where}: {problem['msg']}") from None
+    if manifest.id != snapshot:
+        raise SnapshotError(f"{file}: is the manifest of {manifest.id}, not of {snapshot}")
+    return manifest
+
+
+def snapshot_id(parts: Sequence[str]) -> str:
+    """The id of the snapshot that follows from these parts: the same inputs make the same snapshot."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

