@@ -74,6 +74,8 @@ class TextEncoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.compute_dtype = torch.float32
+        """Of the tower's forward pass; weights and embeddings are float32 whatever it is."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError("the encoder's tokenizer has no fast (Rust) backend: take a model that has one")
@@ -144,10 +146,19 @@ class TextEncoder(nn.Module):
         return torch.cat(embeddings)[order.to(self.device)]
 
     def _embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        reduced = self.compute_dtype != torch.float32
+        with torch.autocast(ids.device.type, self.compute_dtype, enabled=reduced):
+            states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weights = mask.unsqueeze(-1).to(states.dtype)
         mean = (states * weights).sum(1) / weights.sum(1)
         return nn.functional.normalize(mean, dim=-1)
+
+    def set_dropout(self, dropout: float | None) -> None:
+        """Give every dropout layer this probability; None leaves them as the model brings them."""
+        if dropout is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = dropout
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:

@@ -84,6 +84,8 @@ class TrainingSection(Section):
     """What is contrasted with what."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; `auto` is bfloat16 where the hardware computes it natively."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Of every dropout layer; what the model brings where it is left out."""
     chunk_size: int = Field(64, ge=1)
     """Texts in one forward call. Chunks are cut from the texts in order of length, so that little is padded."""
     seed: int = Field(0, ge=0)

@@ -146,7 +146,12 @@ def publish(memory: Folder, manifest: Manifest) -> None:
     """Make a snapshot, all of whose files are written, the current one."""
     text = manifest.model_dump_json(indent=2, by_alias=True)
     (memory / "snapshots" / manifest.id / MANIFEST).write(text.encode() + b"\n")
-    (memory / "CURRENT").write(f"{manifest.id}\n".encode())
+    publish_current(memory, manifest.id)
+
+
+def publish_current(memory: Folder, snapshot: str) -> None:
+    """Make a complete snapshot the current one."""
+    (memory / "CURRENT").write(f"{snapshot}\n".encode())
 
 
 def is_complete(memory: Folder, snapshot: str) -> bool:

@@ -1,0 +1,247 @@
+"""The command `raexmc`: a few lines a command over the library."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from raexmc_ray.recipe import Recipe
+
+app = typer.Typer(
+    help="Extreme multi-label text classification on Ray: which of these millions of labels fit this text?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RecipeFile = Annotated[Path, typer.Option("--recipe", "-r", help="YAML file with every setting of the run.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="Override a setting: section.field=value. May be repeated.")
+]
+
+
+@app.callback()
+def _common(quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress lines.")] = False) -> None:
+    from raexmc_ray.progress import Progress
+
+    Progress.quiet = quiet
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("faiss", "faiss.loader", "httpx", "ray"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006  # typer copies it
+    """Train the text encoder on a corpus. Stopped, the same command goes on from the last checkpoint."""
+    settings, corpus = _read(recipe, overrides)
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.train.trainer import train
+
+    with connected():
+        console.print(f"encoder: {train(settings, corpus)}", soft_wrap=True)
+
+
+@app.command()
+def build(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    encoder: Annotated[
+        str | None, typer.Option(help="Any encoder in place of the trained one: folder, hub name, package:NAME.")
+    ] = None,
+) -> None:
+    """Embed a corpus and publish its knowledge memory. Stopped, the same command goes on."""
+    settings, corpus = _read(recipe, overrides)
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.memory.build import build, stage_encoder
+    from raexmc_ray.train.trainer import trained_encoder
+
+    tower = stage_encoder(settings, encoder) if encoder else trained_encoder(settings, corpus)
+    with connected():
+        snapshot = build(settings, corpus, tower)
+    console.print(f"memory: {settings.cluster.storage}/memory, snapshot {snapshot}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    output: Annotated[Path | None, typer.Option(help="Write the table as JSON here, too.")] = None,
+) -> None:
+    """Measure the memory on the corpus's test part: labels only, instances only, both, and popularity."""
+    settings, corpus = _read(recipe, overrides)
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.evaluation import evaluate, format_table
+    from raexmc_ray.files import Folder
+    from raexmc_ray.memory.pool import open_in_actors
+
+    with connected():
+        memory, pool = open_in_actors(Folder.at(settings.cluster.storage) / "memory")
+        with pool:
+            table = evaluate(memory, corpus, settings.corpus, settings.prediction)
+    result = {"snapshot": memory.manifest.id, "settings": settings.model_dump(mode="json", by_alias=True), "table": table}
+    text = json.dumps(result, indent=2) + "\n"
+    (Folder.at(settings.cluster.storage) / "evaluation.json").write(text.encode())
+    if output:
+        output.write_text(text)
+    print_plain(format_table(table))
+
+
+@app.command()
+def score(
+    memory: Annotated[str, typer.Argument(help="Folder or URL of the memory.")],
+    inputs: Annotated[list[str], typer.Argument(help="Parquet, JSON-lines or text files.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the predictions (Parquet).")],
+    k: Annotated[int | None, typer.Option(help="Labels for each text.")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="1: instances only, 0: labels only.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the softmax over the neighbours.")] = None,
+    neighbours: Annotated[int | None, typer.Option(help="Keys retrieved from the joint memory.")] = None,
+    id_column: Annotated[str, typer.Option(help="Column with the id of a row.")] = "id",
+    text_column: Annotated[str, typer.Option(help="Column with the text of a row.")] = "text",
+    encoders: Annotated[int, typer.Option(help="Encoder actors.")] = 2,
+    gpu: Annotated[bool, typer.Option(help="Give each encoder actor a GPU.")] = False,
+) -> None:
+    """Label whole files. Stopped, the same command goes on."""
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.files import Folder
+    from raexmc_ray.local import override
+    from raexmc_ray.memory.snapshot import open_snapshot
+    from raexmc_ray.recipe import ClusterSection
+    from raexmc_ray.score import score
+
+    folder = Folder.at(memory)
+    settings = override(open_snapshot(folder).manifest.defaults, k, lambda_, temperature, neighbours)
+    with connected():
+        rows = score(
+            folder,
+            inputs,
+            Folder.at(output),
+            settings,
+            ClusterSection(encoders=encoders, gpu=gpu),
+            id_column=id_column,
+            text_column=text_column,
+        )
+    console.print(f"{rows:,} rows: {output}", soft_wrap=True)
+
+
+@app.command()
+def serve(
+    memory: Annotated[str, typer.Argument(help="Folder or URL of the memory.")],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000,
+) -> None:
+    """Answer over HTTP on this machine until Ctrl-C. On a cluster: `serve deploy serve_configs/…`."""
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.serve.run import serving
+
+    with connected(), serving(memory, port) as url:
+        console.print(f"{url}/docs has the API; Ctrl-C ends it", soft_wrap=True)
+        _wait_for_interrupt()
+
+
+@app.command()
+def query(
+    texts: Annotated[list[str], typer.Argument(help="Texts to label.")],
+    url: Annotated[str, typer.Option(help="Where the application answers.")] = "http://127.0.0.1:8000",
+    k: Annotated[int | None, typer.Option(help="Labels for each text.")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="1: instances only, 0: labels only.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the softmax over the neighbours.")] = None,
+    evidence: Annotated[int, typer.Option(help="Keys named for each label.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")] = False,
+) -> None:
+    """Ask a running application for the labels of texts."""
+    import httpx
+
+    body: dict[str, Any] = {"texts": texts, "evidence": evidence}
+    given = {"k": k, "lambda": lambda_, "temperature": temperature}
+    body |= {name: value for name, value in given.items() if value is not None}
+    try:
+        reply = httpx.post(f"{url.rstrip('/')}/v1/predict", json=body, timeout=60)
+    except httpx.TransportError as error:
+        raise ValueError(f"nothing answers at {url} ({error}): start it with `raexmc serve MEMORY`") from None
+    if reply.status_code != 200:
+        raise ValueError(f"{url}: {reply.status_code}: {reply.json().get('detail', reply.text)}")
+    if as_json:
+        print_plain(json.dumps(reply.json(), indent=2, ensure_ascii=False))
+        return
+    for text, answer in zip(texts, reply.json()["answers"], strict=True):
+        print_answer(text, answer["labels"])
+
+
+@app.command()
+def inspect(memory: Annotated[str, typer.Argument(help="Folder or URL of the memory.")]) -> None:
+    """Say what is in a memory."""
+    from raexmc_ray.memory.snapshot import open_snapshot
+
+    manifest = open_snapshot(memory).manifest
+    table = Table(title=str(memory), show_header=False, title_justify="left")
+    total = sum(entry.size for entry in manifest.files.values())
+    for name, value in (
+        ("snapshot", f"{manifest.id}, made {manifest.created}"),
+        ("keys", f"{manifest.keys:,}: {manifest.instances:,} instances and {manifest.labels:,} labels"),
+        ("shards", f"{manifest.shards}, {manifest.index} index, dimension {manifest.dimension}"),
+        ("size", f"{total / 1e6:,.1f} MB in {len(manifest.files)} files"),
+        ("encoder", manifest.encoder_fingerprint[:16]),
+        ("defaults", manifest.defaults.model_dump_json(by_alias=True, exclude_none=True)),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def print_answer(text: str, labels: list[dict[str, Any]]) -> None:
+    """The labels of one text as a table, with the evidence for each."""
+    table = Table(title=text, title_justify="left", pad_edge=False, box=None)
+    for name, justify in (("score", "right"), ("label", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for label in labels:
+        table.add_row(f"{label['score']:.4f}", label["text"])
+        for vote in label.get("evidence") or []:
+            said = f"{vote['share']:>4.0%} from {vote['kind']}, cosine {vote['similarity']:.2f}: {vote['text']}"
+            table.add_row("", f"[dim]  {_escape(said)}[/dim]")
+    console.print(table)
+    console.print()
+
+
+def print_plain(text: str) -> None:
+    """`text` on standard output as it is: no colours, no wrapping."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _read(recipe: Path, overrides: list[str]) -> tuple[Recipe, Any]:
+    from raexmc_ray.corpus import read_corpus
+
+    settings = Recipe.load(recipe, overrides)
+    corpus = read_corpus(settings.corpus.path, settings.corpus.fields, settings.corpus.holdout)
+    console.print(f"corpus: {corpus.describe()}", soft_wrap=True, highlight=False)
+    return settings, corpus
+
+
+def _wait_for_interrupt() -> None:
+    import threading
+
+    threading.Event().wait()
+
+
+def main() -> None:
+    """Run the command; what a user did wrong is said in one line, without a trace."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

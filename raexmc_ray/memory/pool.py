@@ -1,0 +1,102 @@
+"""Ray: the shards of a snapshot in actors, spread over the cluster."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from raexmc_ray.files import Folder
+from raexmc_ray.local import Memory
+from raexmc_ray.memory.hits import Hits, merge_hits
+from raexmc_ray.memory.shard import Shard, join_keys, use_threads
+from raexmc_ray.memory.snapshot import Snapshot, open_snapshot
+from raexmc_ray.recipe import Neighbours
+
+PUT_ABOVE_BYTES = 100_000
+"""Larger queries are put in shared memory once; smaller ones travel inside each call."""
+
+
+class ShardUnavailableError(RuntimeError):
+    """A shard did not answer. An answer without it would be partial, so there is none."""
+
+
+@ray.remote(max_restarts=3, max_task_retries=2, scheduling_strategy="SPREAD")
+class ShardActor:
+    """One shard in a process of its own. Killed, it comes back from the snapshot, and the call is made again."""
+
+    def __init__(self, memory: Folder, snapshot: str, shard: int) -> None:
+        use_threads(1)
+        self._shard = Shard(open_snapshot(memory, snapshot), shard)
+
+    def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
+        return self._shard.search(queries_BD, neighbours)
+
+    def keys(self, key_ids: np.ndarray) -> pa.Table:
+        return self._shard.keys(key_ids)
+
+    def ready(self) -> int:
+        """How many keys are here."""
+        return len(self._shard)
+
+
+class ShardPool:
+    """All shards of a snapshot, each in an actor; a context manager that ends them."""
+
+    def __init__(self, memory: Folder, snapshot: Snapshot, *, cpus: float = 0.25, timeout_s: float = 120.0) -> None:
+        """cpus: what each actor reserves. timeout_s: after which a call gives up on a shard."""
+        self._timeout_s = timeout_s
+        make = ShardActor.options(num_cpus=cpus)
+        manifest = snapshot.manifest
+        self.actors = [make.remote(memory, manifest.id, shard) for shard in range(manifest.shards)]
+        self._call("ready")
+
+    def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
+        """The memory's best keys for each query: float32 [B, d], of unit length.
+
+        Raises ShardUnavailableError, which names the shard, rather than answer without it.
+        """
+        queries = ray.put(queries_BD) if queries_BD.nbytes > PUT_ABOVE_BYTES else queries_BD
+        return merge_hits(self._call("search", queries, neighbours), neighbours)
+
+    def keys(self, key_ids: np.ndarray) -> dict[int, dict[str, str]]:
+        """{key id: {"kind", "uid", "text"}} of these keys."""
+        return join_keys(self._call("keys", key_ids))
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """What each shard's `method` returns, in shard order."""
+        calls = [getattr(actor, method).remote(*arguments) for actor in self.actors]
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=self._timeout_s)
+        late = [shard for shard, call in enumerate(calls) if call not in ready]
+        if late:
+            raise ShardUnavailableError(f"shards {late} did not answer within {self._timeout_s:g} s")
+        answers = []
+        for shard, call in enumerate(calls):
+            try:
+                answers.append(ray.get(call))
+            except ray.exceptions.RayActorError as error:
+                raise ShardUnavailableError(f"shard {shard} is gone and did not come back: {error}") from error
+        return answers
+
+
+def open_in_actors(memory: Folder, snapshot: str | None = None) -> tuple[Memory, ShardPool]:
+    """The memory with its shards in actors, and the pool to close afterwards."""
+    opened = open_snapshot(memory, snapshot)
+    pool = ShardPool(memory, opened)
+    return Memory(opened, pool), pool

@@ -1,0 +1,1 @@
+"""Ray Serve: HTTP ingress, text encoder and one deployment per memory shard."""
