@@ -7,6 +7,7 @@ batch a shard, so that a shard reads its own rows only.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 
@@ -53,8 +54,7 @@ def embed_keys(
         compute=ActorPoolStrategy(size=min(cluster.encoders, len(missing))),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=1 if cluster.gpu else 0,
-        max_restarts=3,
-        max_task_retries=3,
+        ray_remote_args_fn=bounded_retries,
     )
     with Progress("embed", total, "keys", done=finished) as progress:
         for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
@@ -113,6 +113,12 @@ def quiet_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def bounded_retries() -> dict[str, int]:
+    """Options of an actor in a pool. Ray Data would start a crashing one again for ever; this ends the job."""
+    return {"max_restarts": 3, "max_task_retries": 3}
 
 
 def _unit_file(unit: int) -> str:

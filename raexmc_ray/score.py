@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from raexmc_ray.embed import load_encoder, quiet_data
+from raexmc_ray.embed import bounded_retries, load_encoder, quiet_data
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.pool import ShardPool
 from raexmc_ray.memory.snapshot import LABELS, open_snapshot
@@ -74,8 +74,7 @@ def score(
                 compute=ActorPoolStrategy(size=min(cluster.encoders, len(blocks))),
                 num_cpus=cluster.cpus_per_worker,
                 num_gpus=1 if cluster.gpu else 0,
-                max_restarts=3,
-                max_task_retries=3,
+                ray_remote_args_fn=bounded_retries,
             )
             for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
                 progress.add(int(batch["rows"].sum()))
