@@ -52,9 +52,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = sys.argv[1:]
     with connected():
-        held = Recipe.load(
-            RECIPE, ["corpus.holdout=0.1", "cluster.storage=runs/debian-related-holdout", *overrides]
-        )
+        held = Recipe.load(RECIPE, ["corpus.holdout=0.1", "cluster.storage=runs/debian-related-holdout", *overrides])
         corpus = read_corpus(held.corpus.path, held.corpus.fields, held.corpus.holdout)
         memory, held_seconds = trained_memory(held)
         swept = sweep(memory, corpus, held.corpus, held.prediction.neighbours, LAMBDAS, TEMPERATURES)
@@ -84,7 +82,8 @@ def main() -> None:
     }
     write_result("debian_related", figures, targets)
     for target in targets:
-        print(f"{'holds' if target['holds'] else 'FALLS SHORT':>12}  {target['what']}: {target['figure']} {target['target']}")
+        verdict = "holds" if target["holds"] else "FALLS SHORT"
+        print(f"{verdict:>12}  {target['what']}: {target['figure']} {target['target']}")
 
 
 if __name__ == "__main__":

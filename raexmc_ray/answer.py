@@ -59,9 +59,7 @@ def make_answers(
     scores, k = predictions.scores_Bk.ravel(), predictions.labels_Bk.shape[1]
     for cell, row in zip(found, rows, strict=True):
         votes = _votes(int(cell), evidence, keys) if evidence is not None and keys is not None else None
-        answers[cell // k].append(
-            ScoredLabel(label=int(cells[cell]), score=float(scores[cell]), evidence=votes, **row)
-        )
+        answers[cell // k].append(ScoredLabel(label=int(cells[cell]), score=float(scores[cell]), evidence=votes, **row))
     return answers
 
 

@@ -54,7 +54,8 @@ def build(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006
     encoder: Annotated[
-        str | None, typer.Option(help="Any encoder in place of the trained one: folder, hub name, package:NAME.")
+        str | None,
+        typer.Option(help="Any encoder in place of the trained one: folder, hub name, package:NAME."),
     ] = None,
 ) -> None:
     """Embed a corpus and publish its knowledge memory. Stopped, the same command goes on."""
@@ -86,7 +87,11 @@ def evaluate(
         memory, pool = open_in_actors(Folder.at(settings.cluster.storage) / "memory")
         with pool:
             table = evaluate(memory, corpus, settings.corpus, settings.prediction)
-    result = {"snapshot": memory.manifest.id, "settings": settings.model_dump(mode="json", by_alias=True), "table": table}
+    result = {
+        "snapshot": memory.manifest.id,
+        "settings": settings.model_dump(mode="json", by_alias=True),
+        "table": table,
+    }
     text = json.dumps(result, indent=2) + "\n"
     (Folder.at(settings.cluster.storage) / "evaluation.json").write(text.encode())
     if output:

@@ -29,7 +29,12 @@ UNIT_KEYS = 4096
 
 
 def embed_keys(
-    table: pa.Table, encoder: Folder, folder: Folder, shards: int, section: EncoderSection, cluster: ClusterSection
+    table: pa.Table,
+    encoder: Folder,
+    folder: Folder,
+    shards: int,
+    section: EncoderSection,
+    cluster: ClusterSection,
 ) -> None:
     """Write the embeddings of all keys under `folder`, which belongs to this table, encoder and sharding.
 
@@ -72,9 +77,7 @@ class _UnitEncoder:
         ids = unit["key_id"].to_numpy()
         embeddings_ND = self._encoder.encode(unit["text"].to_pylist(), self._batch_size)
         sink = pa.BufferOutputStream()
-        schema = pa.schema(
-            {"key_id": pa.int64(), "embedding": pa.list_(pa.float32(), self._encoder.dimension)}
-        )
+        schema = pa.schema({"key_id": pa.int64(), "embedding": pa.list_(pa.float32(), self._encoder.dimension)})
         with pa.ipc.new_file(sink, schema) as writer:
             for shard in range(self._shards):
                 mine = np.flatnonzero(ids % self._shards == shard)

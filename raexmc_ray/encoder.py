@@ -171,7 +171,7 @@ class TextEncoder(nn.Module):
         """Write the tower as safetensors with its tokenizer and settings."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)  # type: ignore[operator,union-attr]
+        self.model.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
         settings = {"format_version": FORMAT_VERSION, "max_tokens": self.max_tokens, "pooling": "mean"}
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")

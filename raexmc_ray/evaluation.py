@@ -34,9 +34,7 @@ def evaluate(memory: Memory, corpus: Corpus, section: CorpusSection, settings: P
     b = max(b, DEPTH)
     rows: dict[str, PredictionSection] = {
         "labels only": settings.model_copy(update={"lambda_": 0.0, "neighbours": Neighbours(instances=0, labels=b)}),
-        "instances only": settings.model_copy(
-            update={"lambda_": 1.0, "neighbours": Neighbours(instances=b, labels=0)}
-        ),
+        "instances only": settings.model_copy(update={"lambda_": 1.0, "neighbours": Neighbours(instances=b, labels=0)}),
         "both": settings,
     }
     queries_BD = memory.encoder.encode(corpus.test.texts["text"].to_pylist())
@@ -57,9 +55,7 @@ def evaluate(memory: Memory, corpus: Corpus, section: CorpusSection, settings: P
     return {name: score_table(labels, corpus.test.relevance, inverse_L) for name, labels in predicted.items()}
 
 
-def search_in_batches(
-    memory: Memory, queries_BD: np.ndarray, neighbours: Neighbours
-) -> Iterator[tuple[slice, Hits]]:
+def search_in_batches(memory: Memory, queries_BD: np.ndarray, neighbours: Neighbours) -> Iterator[tuple[slice, Hits]]:
     """(rows, their hits), a batch at a time."""
     for start in range(0, len(queries_BD), BATCH):
         part = slice(start, min(start + BATCH, len(queries_BD)))

@@ -84,9 +84,7 @@ class Folder:
             pafs.copy_files(str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem)
         else:
             self.filesystem.create_dir(self.path.rpartition("/")[0], recursive=True)
-            pafs.copy_files(
-                str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem
-            )
+            pafs.copy_files(str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem)
 
     def local(self, cache: Path) -> Path:
         """A local path with this file's or folder's content: itself, or a copy under `cache`."""

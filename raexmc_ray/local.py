@@ -75,11 +75,11 @@ class Memory:
             raise ValueError("a text is empty: there is nothing to label")
         settings = self.settings(k, lambda_, temperature, neighbours)
         hits = self.search(self.encoder.encode(texts), settings.neighbours)
-        weights = {"lambda_": settings.lambda_, "temperature": settings.temperature}
-        predictions = aggregate(hits, k=settings.k, **weights)
+        lambda_, temperature = settings.lambda_, settings.temperature
+        predictions = aggregate(hits, lambda_=lambda_, temperature=temperature, k=settings.k)
         if not evidence:
             return make_answers(predictions, self.labels)
-        votes = vote_evidence(hits, predictions, keys=evidence, **weights)
+        votes = vote_evidence(hits, predictions, lambda_=lambda_, temperature=temperature, keys=evidence)
         return make_answers(predictions, self.labels, votes, self.shards.keys(votes.key_ids))
 
 

@@ -47,9 +47,7 @@ def contrastive_loss(
             raise ValueError(f"instances need shared_BN of shape {(B, len(instances_ND))}")
         own_BN = F.one_hot(own_B, len(instances_ND)).bool()
         to_instances_BN = queries_BD @ instances_ND.T / temperature
-        denominator.append(
-            to_instances_BN.masked_fill((shared_BN | own_BN) if decoupled else own_BN, masked)
-        )
+        denominator.append(to_instances_BN.masked_fill((shared_BN | own_BN) if decoupled else own_BN, masked))
     log_denominator_B1 = torch.logsumexp(torch.cat(denominator, dim=1), dim=1, keepdim=True)
     margin_BC = log_denominator_B1 - to_labels_BC
     # log(e^s + e^n) − s = softplus(n − s). The plain softmax has its positive in the denominator already.

@@ -85,9 +85,7 @@ def aggregate(
     return Predictions(labels_Bk, scores_Bk)
 
 
-def vote_evidence(
-    hits: Hits, predictions: Predictions, *, lambda_: float, temperature: float, keys: int
-) -> Evidence:
+def vote_evidence(hits: Hits, predictions: Predictions, *, lambda_: float, temperature: float, keys: int) -> Evidence:
     """For each predicted label the `keys` hits that gave it most, with λ and τ as in `aggregate`."""
     votes = _weigh(hits, lambda_, temperature)
     B, k = predictions.labels_Bk.shape

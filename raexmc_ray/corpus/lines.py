@@ -52,9 +52,7 @@ def check_text(path: Path, line: int, field: str, text: str) -> str:
     if "\0" in text:
         raise CorpusError(path, "there is a NUL byte in the text: remove it", line=line, field=field)
     if not text.strip():
-        raise CorpusError(
-            path, "the text is empty: give the row a text, or drop the row", line=line, field=field
-        )
+        raise CorpusError(path, "the text is empty: give the row a text, or drop the row", line=line, field=field)
     return text
 
 

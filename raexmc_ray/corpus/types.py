@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
+from numpy.typing import ArrayLike
 
 
 class CorpusError(ValueError):
@@ -113,9 +114,9 @@ def text_table(uids: Sequence[str], texts: Sequence[str]) -> pa.Table:
     return pa.table({"uid": pa.array(uids, pa.string()), "text": pa.array(texts, pa.string())})
 
 
-def pair_matrix(rows: Sequence[int], columns: Sequence[int], shape: tuple[int, int]) -> sp.csr_matrix:
+def pair_matrix(rows: ArrayLike, columns: ArrayLike, shape: tuple[int, int]) -> sp.csr_matrix:
     """CSR of float32 ones at (rows, columns), which are distinct pairs within `shape`; indices sorted."""
-    ones = np.ones(len(rows), np.float32)
-    matrix = sp.csr_matrix((ones, (np.asarray(rows, np.int64), np.asarray(columns, np.int64))), shape=shape)
+    row, column = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
+    matrix = sp.csr_matrix((np.ones(len(row), np.float32), (row, column)), shape=shape)
     matrix.sort_indices()
     return matrix

@@ -70,7 +70,7 @@ class FlatIndex:
             return positions_Bb, scores_Bb
         # |float32 inner product − exact| ≤ d·2⁻²⁴·‖q‖‖k‖, and as much again to be generous
         error = 2 * self.dimension * 2.0**-24
-        parameters = faiss.SearchParameters(sel=faiss.IDSelectorRange(start, stop))
+        parameters = faiss.SearchParameters(sel=faiss.IDSelectorRange(start, stop))  # type: ignore[call-arg]
         width, open_rows = min(b + SLACK, keys), np.arange(B)
         while len(open_rows):
             queries = queries_BD[open_rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,9 +39,9 @@ class ShardActor:
     def keys(self, key_ids: np.ndarray) -> pa.Table:
         return self._shard.keys(key_ids)
 
-    def ready(self) -> int:
-        """How many keys are here."""
-        return len(self._shard)
+    def pid(self) -> int:
+        """The process that holds the shard: for those who watch it."""
+        return os.getpid()
 
 
 class ShardPool:
@@ -49,10 +50,10 @@ class ShardPool:
     def __init__(self, memory: Folder, snapshot: Snapshot, *, cpus: float = 0.25, timeout_s: float = 120.0) -> None:
         """cpus: what each actor reserves. timeout_s: after which a call gives up on a shard."""
         self._timeout_s = timeout_s
-        make = ShardActor.options(num_cpus=cpus)
+        make = ShardActor.options(num_cpus=cpus)  # type: ignore[attr-defined]
         manifest = snapshot.manifest
         self.actors = [make.remote(memory, manifest.id, shard) for shard in range(manifest.shards)]
-        self._call("ready")
+        self._call("pid")  # wait until all shards are open
 
     def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
         """The memory's best keys for each query: float32 [B, d], of unit length.

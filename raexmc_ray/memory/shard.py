@@ -31,9 +31,7 @@ class Shard:
             raise SnapshotError(f"{snapshot.folder}: has {len(segments)} segments; this version reads one")
         if not 0 <= shard < snapshot.manifest.shards:
             raise ValueError(f"there is no shard {shard}: the memory has {snapshot.manifest.shards}")
-        paths = {
-            name: snapshot.file(shard_file(segments[0], shard, name), verify) for name in (INDEX, VALUES, KEYS)
-        }
+        paths = {name: snapshot.file(shard_file(segments[0], shard, name), verify) for name in (INDEX, VALUES, KEYS)}
         self.snapshot = snapshot.manifest.id
         self._index = FlatIndex.read(paths[INDEX])
         with pa.memory_map(str(paths[VALUES])) as source:

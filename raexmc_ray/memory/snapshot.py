@@ -99,7 +99,8 @@ class Snapshot:
         names = [name for name in self.manifest.files if name.startswith(f"{ENCODER}/")]
         if not names:
             raise SnapshotError(f"{self.folder / ENCODER}: the manifest lists no encoder")
-        return [self.file(name) for name in names][0].parent
+        paths = [self.file(name) for name in names]
+        return paths[0].parent
 
     def encoder(self) -> TextEncoder:
         """The encoder that made the keys. Raises SnapshotError where it is another."""

@@ -48,7 +48,7 @@ def key_table(corpus: Corpus) -> pa.Table:
 
 def value_lists(relevance: sp.csr_matrix) -> pa.LargeListArray:
     """For each key the labels that it votes for: an instance for its labels, a label for itself."""
-    instances, labels = relevance.shape
+    labels = relevance.shape[1]
     votes = np.concatenate([relevance.indices, np.arange(labels)]).astype(np.int32)
     offsets = np.concatenate([relevance.indptr.astype(np.int64), relevance.nnz + 1 + np.arange(labels)])
     return pa.LargeListArray.from_arrays(offsets, votes)
@@ -63,7 +63,9 @@ class SnapshotPlan:
     shards: int
 
     @classmethod
-    def of(cls, memory: Folder, corpus: Corpus, fingerprint: str, settings: MemorySection, defaults: str) -> SnapshotPlan:
+    def of(
+        cls, memory: Folder, corpus: Corpus, fingerprint: str, settings: MemorySection, defaults: str
+    ) -> SnapshotPlan:
         parts = [corpus.fingerprint, fingerprint, str(settings.shards), settings.index, defaults]
         return cls(memory, snapshot_id(parts), settings.shards)
 

@@ -73,6 +73,29 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+# Serve takes a copy of the app where it decorates the ingress: what is registered later is lost.
+def _problem(status: int, title: str, detail: str) -> JSONResponse:
+    problem = Problem(title=title, status=status, detail=detail)
+    return JSONResponse(problem.model_dump(), status, media_type=PROBLEM_TYPE)
+
+
+@api.exception_handler(RequestValidationError)
+async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    lines = [f"{'.'.join(str(part) for part in p['loc'][1:])}: {p['msg']}" for p in error.errors()]
+    return _problem(422, "The request is not valid", "; ".join(lines))
+
+
+@api.exception_handler(TimeoutError)
+async def _late(request: Request, error: TimeoutError) -> JSONResponse:
+    return _problem(503, "Too late", "The encoder or a shard did not answer in time; try again")
+
+
+@api.exception_handler(Exception)
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    # No trace and no path leave the house; Serve's log has them under the request's id.
+    return _problem(503, "Not available", f"A part of the memory did not answer ({type(error).__name__}); try again")
+
+
 @serve.deployment(max_ongoing_requests=256)
 @serve.ingress(api)
 class Ingress:
@@ -108,10 +131,12 @@ class Ingress:
             hits = merge_hits(parts, settings.neighbours)
             if hits.snapshot != self._manifest.id:
                 raise SnapshotMismatchError(f"shards are at {hits.snapshot}, the ingress at {self._manifest.id}")
-            weights = {"lambda_": settings.lambda_, "temperature": settings.temperature}
-            predictions = aggregate(hits, k=settings.k, **weights)
+            lambda_, temperature = settings.lambda_, settings.temperature
+            predictions = aggregate(hits, lambda_=lambda_, temperature=temperature, k=settings.k)
             if request.evidence:
-                votes = vote_evidence(hits, predictions, keys=request.evidence, **weights)
+                votes = vote_evidence(
+                    hits, predictions, lambda_=lambda_, temperature=temperature, keys=request.evidence
+                )
                 tables = await asyncio.gather(*(shard.keys.remote(votes.key_ids) for shard in self._shards))
                 answers = make_answers(predictions, self._labels, votes, join_keys(tables))
             else:
@@ -148,25 +173,3 @@ class Ingress:
         """The encoder and every shard answer."""
         await self.predict(PredictRequest(texts=["ready"], k=1))
         return {"status": "ready"}
-
-
-def _problem(status: int, title: str, detail: str) -> JSONResponse:
-    problem = Problem(title=title, status=status, detail=detail)
-    return JSONResponse(problem.model_dump(), status, media_type=PROBLEM_TYPE)
-
-
-@api.exception_handler(RequestValidationError)
-async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    lines = [f"{'.'.join(str(part) for part in p['loc'][1:])}: {p['msg']}" for p in error.errors()]
-    return _problem(422, "The request is not valid", "; ".join(lines))
-
-
-@api.exception_handler(TimeoutError)
-async def _late(request: Request, error: TimeoutError) -> JSONResponse:
-    return _problem(503, "Too late", "The encoder or a shard did not answer in time; try again")
-
-
-@api.exception_handler(Exception)
-async def _failed(request: Request, error: Exception) -> JSONResponse:
-    # No trace and no path leave the house; Serve's log has them under the request's id.
-    return _problem(503, "Not available", f"A part of the memory did not answer ({type(error).__name__}); try again")

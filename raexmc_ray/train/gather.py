@@ -29,4 +29,4 @@ def gather_with_gradient(part: torch.Tensor) -> torch.Tensor:
     """[ranks · n, …] from each rank's [n, …], in rank order; the same n on all ranks. Alone: `part` itself."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return part
-    return _AllGather.apply(part)
+    return _AllGather.apply(part)  # type: ignore[no-untyped-call]

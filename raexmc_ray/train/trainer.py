@@ -36,10 +36,8 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
         return target
     settings = recipe.training
     sampler = Sampler(corpus.train.relevance, settings.batch_size, settings.positives_per_instance, settings.seed)
-    encoder = TextEncoder.load(
-        recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens
-    )
-    progress = ProgressActor.remote()
+    encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
+    progress = ProgressActor.remote()  # type: ignore[attr-defined]
     checkpoints = Folder.at(recipe.cluster.storage) / "checkpoints"
     trainer = TorchTrainer(
         train_worker,
@@ -167,6 +165,9 @@ class _Watcher:
         if steps > self._shown:
             epoch = -(-steps // self._steps_an_epoch)
             self._progress.add(
-                (steps - self._shown) * self._batch_size, epoch=str(epoch), loss=f"{loss:.3f}", lr=f"{rate:.1e}"
+                (steps - self._shown) * self._batch_size,
+                epoch=str(epoch),
+                loss=f"{loss:.3f}",
+                lr=f"{rate:.1e}",
             )
             self._shown = steps

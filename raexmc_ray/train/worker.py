@@ -78,7 +78,7 @@ def train_worker(config: dict[str, Any]) -> None:
                     f"the loss is {loss.item()} in epoch {epoch + 1}, step {step + 1}, rows {batch.rows_B.tolist()}: "
                     "no checkpoint was written from it; lower training.learning_rate"
                 )
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())

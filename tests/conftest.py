@@ -1,0 +1,77 @@
+"""One local Ray cluster and one tiny run (corpus, encoder, memory) for all tests that need them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from raexmc_ray.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+CORPUS = ROOT / "examples/debian-related"
+TRAIN_ROWS, TEST_ROWS = 240, 40
+
+
+def _head(name: str, rows: int) -> list[dict]:
+    with gzip.open(CORPUS / name, "rt", encoding="utf-8") as file:
+        return [json.loads(next(file)) for _ in range(rows)]
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first rows of the shipped corpus, with the labels that they have, in the LF-XMC layout."""
+    folder = tmp_path_factory.mktemp("corpus")
+    train, test = _head("trn.json.gz", TRAIN_ROWS), _head("tst.json.gz", TEST_ROWS)
+    kept = sorted({label for row in train + test for label in row["target_ind"]})
+    place = {label: i for i, label in enumerate(kept)}
+    with gzip.open(CORPUS / "lbl.json.gz", "rt", encoding="utf-8") as file:
+        labels = [line for i, line in enumerate(file) if i in place]
+    (folder / "lbl.json").write_text("".join(labels), encoding="utf-8")
+    for name, rows in (("trn.json", train), ("tst.json", test)):
+        for row in rows:
+            row["target_ind"] = [place[label] for label in row["target_ind"]]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def tiny_settings(corpus: Path, storage: Path, workers: int = 2) -> dict:
+    """A recipe that trains in seconds on the CPU."""
+    return {
+        "corpus": {"path": str(corpus)},
+        "encoder": {"layers": 1, "max_tokens": 16},
+        "training": {"epochs": 2, "batch_size": 32, "learning_rate": 5e-4},
+        "memory": {"shards": 3},
+        "prediction": {"temperature": 0.08, "neighbours": {"joint": 100}},
+        "cluster": {"storage": str(storage), "workers": workers, "encoders": 2},
+    }
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The dashboard's address of a local cluster with four CPUs."""
+    import ray
+
+    context = ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(ray_cluster: str, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A trained encoder and a memory of three shards, made by Ray Train and Ray Data."""
+    from raexmc_ray.corpus import read_corpus
+    from raexmc_ray.memory.build import build
+    from raexmc_ray.train.trainer import train
+
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path_factory.mktemp("run")))
+    corpus = read_corpus(recipe.corpus.path)
+    build(recipe, corpus, train(recipe, corpus))
+    return recipe

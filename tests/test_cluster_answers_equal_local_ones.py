@@ -1,0 +1,86 @@
+"""What actors answer is what one process answers, to the bit; a killed shard comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import ray
+
+import raexmc_ray
+from raexmc_ray.corpus import read_corpus
+from raexmc_ray.evaluation import evaluate
+from raexmc_ray.files import Folder
+from raexmc_ray.memory.build import build
+from raexmc_ray.memory.pool import open_in_actors
+from raexmc_ray.recipe import Neighbours, Recipe
+from raexmc_ray.train.trainer import trained_encoder
+
+pytestmark = pytest.mark.ray
+
+
+def memory_of(recipe: Recipe) -> Folder:
+    return Folder.at(recipe.cluster.storage) / "memory"
+
+
+@pytest.mark.parametrize("neighbours", [Neighbours(joint=100), Neighbours(instances=30, labels=50)])
+def test_actors_and_one_process_give_the_same_answers(tiny_run: Recipe, neighbours: Neighbours) -> None:
+    local = raexmc_ray.open(memory_of(tiny_run).path)
+    corpus = read_corpus(tiny_run.corpus.path)
+    texts = corpus.test.texts["text"].to_pylist()
+    memory, pool = open_in_actors(memory_of(tiny_run))
+    with pool:
+        expected = local.predict(texts, k=10, neighbours=neighbours, evidence=3)
+        assert memory.predict(texts, k=10, neighbours=neighbours, evidence=3) == expected
+    assert all(len(labels) == 10 for labels in expected)
+
+
+def test_the_table_has_its_rows_and_the_memory_learns(tiny_run: Recipe) -> None:
+    corpus = read_corpus(tiny_run.corpus.path)
+    memory, pool = open_in_actors(memory_of(tiny_run))
+    with pool:
+        table = evaluate(memory, corpus, tiny_run.corpus, tiny_run.prediction)
+    assert list(table) == ["popularity", "labels only", "instances only", "both"]
+    assert table["both"]["R@100"] > table["popularity"]["R@100"]
+    assert all(0 <= figure <= 100 for row in table.values() for figure in row.values())
+
+
+def test_building_again_makes_the_same_snapshot_and_embeds_only_what_is_missing(tiny_run: Recipe) -> None:
+    corpus = read_corpus(tiny_run.corpus.path)
+    encoder = trained_encoder(tiny_run, corpus)
+    before = raexmc_ray.open(memory_of(tiny_run).path)
+    again = Recipe.parse(tiny_run.model_dump(by_alias=True), ["prediction.k=7"])
+    units = Folder.at(tiny_run.cluster.storage) / "embeddings"
+    (folder,) = units.names()
+    (unit,) = (units / folder).names()
+    path = f"{units.path}/{folder}/{unit}"
+    with open(path, "rb") as file:
+        content = file.read()
+    os.remove(path)
+    assert build(tiny_run, corpus, encoder) == before.manifest.id
+    assert not os.path.exists(path), "a finished snapshot is not embedded again"
+    assert build(again, corpus, encoder) != before.manifest.id
+    with open(path, "rb") as file:
+        assert file.read() == content, "the same texts give the same embeddings, to the bit"
+    after = raexmc_ray.open(memory_of(tiny_run).path, before.manifest.id)
+    queries = before.encoder.encode(["an editor"])
+    for name in ("key_ids_Bb", "scores_Bb"):
+        found = [getattr(m.search(queries, Neighbours(joint=50)), name) for m in (before, after)]
+        assert np.array_equal(*found)
+    assert build(tiny_run, corpus, encoder) == before.manifest.id
+
+
+@pytest.mark.faults
+def test_a_killed_shard_comes_back_and_the_answer_is_whole(tiny_run: Recipe) -> None:
+    memory, pool = open_in_actors(memory_of(tiny_run))
+    with pool:
+        queries = memory.encoder.encode(["a text editor", "a compiler"])
+        before = memory.search(queries, Neighbours(joint=100))
+        victim = ray.get(pool.actors[1].pid.remote())
+        os.kill(victim, signal.SIGKILL)
+        after = memory.search(queries, Neighbours(joint=100))
+        assert np.array_equal(before.key_ids_Bb, after.key_ids_Bb)
+        assert np.array_equal(before.scores_Bb, after.scores_Bb)
+        assert ray.get(pool.actors[1].pid.remote()) != victim

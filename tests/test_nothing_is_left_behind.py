@@ -1,0 +1,78 @@
+"""Ctrl-C ends every process that a run started, orphans and those that ignore it included."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, tiny_settings
+
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open(sys.argv[1] + '.orphan', 'w').write(str(os.getpid())); time.sleep(600)
+    os._exit(0)
+open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)
+"""
+
+SUPERVISE = "import sys; from raexmc_ray.supervise import run_and_clean_up; sys.exit(run_and_clean_up({command}))"
+
+
+def _wait_for(path: Path, seconds: float = 20) -> int:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text():
+            return int(path.read_text())
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.faults
+def test_a_stubborn_child_and_its_orphan_are_ended(tmp_path: Path) -> None:
+    script = SUPERVISE.format(command=[sys.executable, "-c", STUBBORN, str(tmp_path / "pid")])
+    supervisor = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    pids = [_wait_for(tmp_path / "pid"), _wait_for(tmp_path / "pid.orphan")]
+    os.killpg(supervisor.pid, signal.SIGINT)
+    assert supervisor.wait(40) == 130
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_the_status_is_the_commands() -> None:
+    script = SUPERVISE.format(command=[sys.executable, "-c", "import sys; sys.exit(7)"])
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 7
+
+
+def _overrides(corpus: Path, storage: Path) -> list[str]:
+    settings = tiny_settings(corpus, storage)
+    return [f"{s}.{f}={v}" for s, fields in settings.items() for f, v in fields.items() if not isinstance(v, dict)]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(400)
+def test_the_demo_killed_at_a_random_moment_leaves_nothing_and_runs_again(tiny_corpus: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "examples/demo.py"), *_overrides(tiny_corpus, storage)]
+    mark = f"cluster.storage={storage}"
+    for moment in (random.uniform(3, 12), random.uniform(12, 35)):
+        demo = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moment)
+        family = psutil.Process(demo.pid).children(recursive=True)
+        os.killpg(demo.pid, signal.SIGINT)
+        assert demo.wait(60) == 130
+        left = [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        assert not left, f"killed after {moment:.1f} s, these are left: {left}"
+        assert not [p for p in psutil.process_iter(["cmdline"]) if mark in (p.info["cmdline"] or [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for printed in ("labels only", "instances only", "both", "popularity", "cosine", "Done"):
+        assert printed in done.stdout
