@@ -1,0 +1,20 @@
+"""The core is free of Ray: it can be read, tested and used without a cluster."""
+
+import subprocess
+import sys
+
+CORE = (
+    "recipe corpus encoder objective predict metrics files ragged answer local evaluation progress supervise "
+    "memory.snapshot memory.index memory.hits memory.shard memory.write train.sampler train.gather train.step"
+)
+
+
+def test_importing_the_core_does_not_import_ray() -> None:
+    imports = "; ".join(f"import raexmc_ray.{module}" for module in CORE.split())
+    script = f"{imports}; import sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_importing_the_package_is_light() -> None:
+    script = "import raexmc_ray, sys; sys.exit(bool({'ray', 'torch', 'faiss', 'pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

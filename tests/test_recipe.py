@@ -1,0 +1,65 @@
+"""A recipe is typed, closed to what it does not know, and says what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from raexmc_ray.recipe import Neighbours, Recipe
+
+SMALLEST = {"corpus": {"path": "x"}}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe.dump())
+    assert Recipe.load(copy) == recipe
+
+
+def test_overrides_reach_any_depth() -> None:
+    overrides = ["training.epochs=3", "training.objective.instances=none", "prediction.neighbours={joint: 50}"]
+    recipe = Recipe.parse(dict(SMALLEST), overrides)
+    assert recipe.training.epochs == 3
+    assert recipe.training.objective.instances == "none"
+    assert recipe.prediction.neighbours == Neighbours(joint=50)
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "says"),
+    [
+        ({}, [], "corpus: this setting is required"),
+        ({**SMALLEST, "trainig": {}}, [], "trainig: unknown setting; did you mean training?"),
+        (SMALLEST, ["training.epoch=3"], "training.epoch: unknown setting; did you mean epochs?"),
+        (SMALLEST, ["training.epochs=0"], "training.epochs"),
+        (SMALLEST, ["training.learning_rate=.nan"], "training.learning_rate"),
+        (SMALLEST, ["training.batch_size=33"], "multiple of cluster.workers"),
+        (SMALLEST, ["prediction.lambda=1.1"], "prediction.lambda"),
+        (SMALLEST, ["prediction.neighbours={joint: 5, labels: 5}"], "not both"),
+        (SMALLEST, ["prediction.neighbours={}"], "give `joint`"),
+        (SMALLEST, ["corpus.fields=[title, title]"], "each once"),
+        (SMALLEST, ["epochs=3"], "section.field=value"),
+        (SMALLEST, ["training.epochs"], "section.field=value"),
+        (SMALLEST, ["corpus.path.deeper=3"], "is not a section"),
+        (SMALLEST, ["training.epochs=[1"], "not YAML"),
+        (["a"], [], "mapping of sections"),
+    ],
+)
+def test_what_is_wrong_is_said(settings: dict, overrides: list[str], says: str) -> None:
+    import copy
+
+    with pytest.raises(ValueError) as error:
+        Recipe.parse(copy.deepcopy(settings), overrides)
+    assert says in str(error.value)
+
+
+def test_the_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--recipe"):
+        Recipe.load(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("corpus: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml: this is not YAML"):
+        Recipe.load(broken)
