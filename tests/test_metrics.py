@@ -1,0 +1,65 @@
+"""The metrics are pyxclib's: worked by hand, and compared with scikit-learn where both define the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from sklearn.metrics import ndcg_score
+
+from raexmc_ray.metrics import inverse_propensity, score_table
+
+ONES = np.ones(6)
+
+
+def relevance(*rows: list[int]) -> sp.csr_matrix:
+    matrix = np.zeros((len(rows), 6), np.float32)
+    for i, labels in enumerate(rows):
+        matrix[i, labels] = 1
+    return sp.csr_matrix(matrix)
+
+
+def table(predicted: list[list[int]], truth: sp.csr_matrix, weights: np.ndarray = ONES) -> dict[str, float]:
+    return score_table(np.array(predicted), truth, weights, precision_at=(1, 3), recall_at=(2, 3))
+
+
+def test_by_hand() -> None:
+    got = table([[0, 1, 2], [3, 4, 5]], relevance([0, 2], [4]))
+    assert got["P@1"] == pytest.approx(50)
+    assert got["P@3"] == pytest.approx(100 * (2 / 3 + 1 / 3) / 2)
+    assert got["R@2"] == pytest.approx(100 * (1 / 2 + 1) / 2)
+    ideal = 1 + 1 / np.log2(3)
+    assert got["nDCG@3"] == pytest.approx(100 * ((1 + 1 / np.log2(4)) / ideal + 1 / np.log2(3)) / 2)
+
+
+def test_propensity_scores_are_a_ratio_of_means() -> None:
+    weights = np.array([1.0, 2.0, 4.0, 8.0, 1.0, 1.0])
+    got = table([[0, 1, 2], [4, 1, 0]], relevance([0, 3], [1]), weights)
+    assert got["PSP@1"] == pytest.approx(100 * (1 + 0) / (8 + 2))
+    assert got["PSP@3"] == pytest.approx(100 * (1 + 2) / (9 + 2))
+
+
+def test_inverse_propensity_by_hand() -> None:
+    truth = relevance([0, 1], [0], [0], [0])
+    c = (np.log(4) - 1) * (1.5 + 1) ** 0.55
+    expected = [1 + c * (n + 1.5) ** -0.55 for n in (4, 1, 0, 0, 0, 0)]
+    assert inverse_propensity(truth, 0.55, 1.5) == pytest.approx(expected)
+
+
+def test_rows_without_labels_are_excluded_and_short_rows_padded() -> None:
+    alone = table([[0, -1, -1]], relevance([0, 1, 2]))
+    assert alone["P@3"] == pytest.approx(100 / 3)
+    assert table([[0, -1, -1], [1, 2, 3]], relevance([0, 1, 2], [])) == alone
+    with pytest.raises(ValueError, match="no row has a label"):
+        table([[0, 1, 2]], relevance([]))
+    with pytest.raises(ValueError, match="need as many predictions"):
+        table([[0, 1]], relevance([0]))
+
+
+def test_ndcg_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    truth = (rng.random((50, 30)) < 0.2).astype(np.float32)
+    truth[:, 0] = 1
+    scores = rng.random((50, 30))
+    got = score_table(np.argsort(-scores, axis=1), sp.csr_matrix(truth), np.ones(30), (5,), (10,))
+    assert got["nDCG@5"] == pytest.approx(100 * ndcg_score(truth, scores, k=5))

