@@ -104,7 +104,7 @@ def _loss(tower: torch.nn.Module, encoder: TextEncoder, rank: int, ranks: int) -
     assert len(batch.labels_C) % 2 == 1, "an odd number of labels: the last rank's part is filled up"
     texts, labels = (
         encoder.tokenize(TEXTS),
-        encoder.tokenize([f"label {word}" for word in ["a", "b", "c", "d", "e", "f", "g"]]),
+        encoder.tokenize([f"label {word}" for word in "abcdefg"]),
     )
     return batch_loss(tower, batch, texts, labels, TrainingSection(chunk_size=3, batch_size=8), rank, ranks)
 

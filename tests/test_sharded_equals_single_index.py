@@ -90,7 +90,10 @@ def test_hits_are_numpys_to_the_bit(seed: int, instances: int, labels: int, b: i
     apart = world.search(queries, Neighbours(instances=b, labels=3), shards)
     for kind, start, stop, limit in ((False, 0, instances, b), (True, instances, len(keys), 3)):
         ids, _ = reference(queries, keys[start:stop], np.arange(start, stop), limit)
-        got = [row[(row >= 0) & (is_label == kind)] for row, is_label in zip(apart.key_ids_Bb, apart.is_label_Bb)]
+        got = [
+            row[(row >= 0) & (is_label == kind)]
+            for row, is_label in zip(apart.key_ids_Bb, apart.is_label_Bb, strict=True)
+        ]
         for mine, wanted in zip(got, ids, strict=True):
             assert np.array_equal(mine, wanted[wanted >= 0])
     assert (np.diff(np.where(apart.key_ids_Bb >= 0, apart.scores_Bb, -2), axis=1) <= 0).all()
@@ -105,9 +108,7 @@ def test_hits_are_numpys_to_the_bit(seed: int, instances: int, labels: int, b: i
     lambda_=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     ties=st.booleans(),
 )
-def test_predictions_are_the_dense_formulas(
-    seed: int, b: int, shards: int, k: int, lambda_: float, ties: bool
-) -> None:
+def test_predictions_are_the_dense_formulas(seed: int, b: int, shards: int, k: int, lambda_: float, ties: bool) -> None:
     instances, labels, tau = 40, 12, 0.2
     rng = np.random.default_rng(seed)
     keys = tied(rng, instances + labels) if ties else unit(rng, instances + labels, 8)

