@@ -42,7 +42,7 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format .
 
 benchmarks: $(INSTALLED) ## Every benchmark, one after the other; results in benchmarks/results
-	@set -e; for benchmark in benchmarks/[a-z]*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+	@set -e; for benchmark in benchmarks/[a-z]*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark; done; $(BIN)/python benchmarks/_readme.py
 
 clean: ## Remove .venv, caches and runs/
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -92,6 +92,7 @@ def _free_port() -> int:
 
 if __name__ == "__main__":
     os.chdir(Path(__file__).parent.parent)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes warnings on our terminal
     if "--supervised" in sys.argv:
         main([argument for argument in sys.argv[1:] if argument != "--supervised"])
     else:
