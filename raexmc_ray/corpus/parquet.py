@@ -58,6 +58,8 @@ def _read_texts(path: Path, table: pa.Table | None = None) -> pa.Table:
     blank = pc.or_(pc.equal(pc.utf8_trim_whitespace(columns["text"]), ""), pc.match_substring(columns["text"], "\0"))
     for place in np.flatnonzero(np.asarray(blank)).tolist():
         check_text(path, place + 1, "text", columns["text"][place].as_py())
+    for place in np.flatnonzero(np.asarray(pc.equal(columns["uid"], ""))).tolist():
+        raise CorpusError(path, "the uid is empty", line=place + 1, field="uid")
     counts = pc.value_counts(columns["uid"])
     if len(counts) < len(table):
         twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()

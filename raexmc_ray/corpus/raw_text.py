@@ -48,13 +48,14 @@ def _read_relevance(path: Path, shape: tuple[int, int]) -> sp.csr_matrix:
     if not path.is_file():
         raise CorpusError(path, "is missing: it holds the relevance")
     try:
-        matrix = sp.csr_matrix(sp.load_npz(path))
+        loaded = sp.load_npz(path)
+        matrix = sp.csr_matrix(loaded)
         matrix.check_format(full_check=True)
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise CorpusError(path, f"is not a whole SciPy sparse matrix ({error})") from None
     if matrix.shape != shape:
         raise CorpusError(path, f"has shape {matrix.shape}; the texts make it {shape}")
-    before = matrix.nnz
+    before = loaded.nnz if loaded.format == "coo" else matrix.nnz  # COO to CSR has summed its duplicates
     matrix.sum_duplicates()
     if matrix.nnz < before:
         raise CorpusError(path, f"{before - matrix.nnz} pairs are there twice")

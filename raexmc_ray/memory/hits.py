@@ -31,6 +31,10 @@ class Hits:
     def reorder(self, order_Bb: np.ndarray, keep_Bb: np.ndarray) -> Hits:
         """Row-wise, the hits at places `order_Bb`; those that `keep_Bb` does not keep become padding."""
         B, b = self.key_ids_Bb.shape
+        if not b:  # there is nothing to take from: all of it is padding
+            shape, offsets = order_Bb.shape, np.zeros(order_Bb.size + 1, np.int64)
+            nothing = np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32), np.zeros(shape, bool)
+            return Hits(*nothing, self.votes, offsets, self.snapshot)
         cells = (np.arange(B)[:, None] * b + order_Bb).ravel()
         keep = keep_Bb.ravel()
         lengths = np.diff(self.vote_offsets)
@@ -85,13 +89,12 @@ def _side_by_side(parts: Sequence[Hits]) -> Hits:
     """All parts' columns next to each other, votes included."""
     if len(parts) == 1:
         return parts[0]
-    B = len(parts[0].key_ids_Bb)
-    lengths = np.concatenate([np.diff(p.vote_offsets).reshape(B, -1) for p in parts], axis=1).ravel()
+    lengths = np.concatenate([np.diff(p.vote_offsets).reshape(p.key_ids_Bb.shape) for p in parts], axis=1).ravel()
     # Votes of all parts in part order; then the row of each part that a cell's votes lie in.
     votes = np.concatenate([p.votes for p in parts])
     first = np.cumsum([0] + [len(p.votes) for p in parts[:-1]])
     starts = np.concatenate(
-        [p.vote_offsets[:-1].reshape(B, -1) + base for p, base in zip(parts, first, strict=True)], axis=1
+        [p.vote_offsets[:-1].reshape(p.key_ids_Bb.shape) + base for p, base in zip(parts, first, strict=True)], axis=1
     ).ravel()
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])

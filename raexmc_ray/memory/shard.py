@@ -66,8 +66,9 @@ class Shard:
         """The rows (key_id, kind, uid, text) of those of `key_ids` that lie in this shard, in id order."""
         ids = np.unique(key_ids)
         positions = np.searchsorted(self._key_ids, ids)
-        positions = positions[positions < len(self)]
-        return self._keys.take(positions[np.isin(self._key_ids[positions], ids)])
+        inside = positions < len(self)
+        positions, ids = positions[inside], ids[inside]
+        return self._keys.take(positions[self._key_ids[positions] == ids])
 
 
 def use_threads(threads: int) -> None:

