@@ -171,7 +171,8 @@ def query(
     except httpx.TransportError as error:
         raise ValueError(f"nothing answers at {url} ({error}): start it with `raexmc serve MEMORY`") from None
     if reply.status_code != 200:
-        raise ValueError(f"{url}: {reply.status_code}: {reply.json().get('detail', reply.text)}")
+        is_problem = reply.headers.get("content-type", "").startswith("application/problem+json")
+        raise ValueError(f"{url}: {reply.status_code}: {reply.json()['detail'] if is_problem else reply.text}")
     if as_json:
         print_plain(json.dumps(reply.json(), indent=2, ensure_ascii=False))
         return

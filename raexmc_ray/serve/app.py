@@ -1,7 +1,6 @@
 """Binds the application: `serve run serve_configs/local.yaml`, or `raexmc serve MEMORY`."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: Serve reads the type of `build_app`'s argument to validate `args` by it.
 from ray.serve import Application
 
 from raexmc_ray.files import Folder
