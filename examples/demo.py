@@ -94,6 +94,9 @@ if __name__ == "__main__":
     os.chdir(Path(__file__).parent.parent)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes warnings on our terminal
     if "--supervised" in sys.argv:
-        main([argument for argument in sys.argv[1:] if argument != "--supervised"])
+        try:
+            main([argument for argument in sys.argv[1:] if argument != "--supervised"])
+        except KeyboardInterrupt:
+            sys.exit(130)
     else:
         sys.exit(run_and_clean_up([sys.executable, __file__, "--supervised", *sys.argv[1:]]))
