@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,23 +49,35 @@ def embed_keys(
     total, finished = len(table), len(table) - sum(rows[unit] for unit in missing)
     if not missing:
         return
-    quiet_data()
     texts = table.select(["key_id", "text"])
     # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
     blocks = [texts.slice(unit * UNIT_KEYS, rows[unit]).combine_chunks() for unit in missing]
-    written = ray.data.from_arrow(blocks).map_batches(
-        _UnitEncoder,
-        fn_constructor_args=(encoder, folder, shards, section.batch_size, int(cluster.cpus_per_worker)),
+    arguments = (encoder, folder, shards, section.batch_size, int(cluster.cpus_per_worker))
+    with Progress("embed", total, "keys", done=finished) as progress:
+        for keys in map_units(blocks, _UnitEncoder, arguments, cluster):
+            progress.add(keys)
+
+
+def map_units(
+    blocks: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], cluster: ClusterSection
+) -> Iterator[int]:
+    """Hand each block whole to one of a pool of encoder actors; gives the rows done as they are done.
+
+    worker: class whose instances, made with `arguments`, map a block to {"rows": [number]}.
+    """
+    _quiet_data()
+    done = ray.data.from_arrow(list(blocks)).map_batches(
+        worker,
+        fn_constructor_args=arguments,
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(cluster.encoders, len(missing))),
+        compute=ActorPoolStrategy(size=min(cluster.encoders, len(blocks))),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=1 if cluster.gpu else 0,
-        ray_remote_args_fn=bounded_retries,
+        ray_remote_args_fn=_bounded_retries,
     )
-    with Progress("embed", total, "keys", done=finished) as progress:
-        for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
-            progress.add(int(batch["keys"].sum()))
+    for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
+        yield int(batch["rows"].sum())
 
 
 class _UnitEncoder:
@@ -86,7 +99,7 @@ class _UnitEncoder:
                 vectors = pa.FixedSizeListArray.from_arrays(flat, self._encoder.dimension)
                 writer.write_batch(pa.record_batch([pa.array(ids[mine]), vectors], schema=schema))
         (self._folder / _unit_file(int(ids[0]) // UNIT_KEYS)).write(sink.getvalue())
-        return {"keys": np.array([len(ids)])}
+        return {"rows": np.array([len(ids)])}
 
 
 def read_shard(folder: Folder, shard: int, keys: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -112,7 +125,7 @@ def load_encoder(encoder: Folder, threads: int) -> TextEncoder:
     return loaded
 
 
-def quiet_data() -> None:
+def _quiet_data() -> None:
     """Keep Ray Data's own progress out of the way of our one line, and rows from being dropped in silence."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -122,7 +135,7 @@ def quiet_data() -> None:
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
 
 
-def bounded_retries() -> dict[str, int]:
+def _bounded_retries() -> dict[str, int]:
     """Options of an actor in a pool. Ray Data would start a crashing one again for ever; this ends the job."""
     return {"max_restarts": 3, "max_task_retries": 3}
 

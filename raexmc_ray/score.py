@@ -16,10 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
-import ray.data
-from ray.data import ActorPoolStrategy
 
-from raexmc_ray.embed import bounded_retries, load_encoder, quiet_data
+from raexmc_ray.embed import load_encoder, map_units
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.pool import ShardPool
 from raexmc_ray.memory.snapshot import LABELS, open_snapshot
@@ -65,19 +63,9 @@ def score(
                 blocks.append(unit.append_column("unit", pa.array([name] * len(unit))))
     with ShardPool(memory, opened) as pool, Progress("score", total, "rows", done=finished) as progress:
         if blocks:
-            quiet_data()
-            written = ray.data.from_arrow(blocks).map_batches(
-                _UnitScorer,
-                fn_constructor_args=(memory, opened.manifest.id, pool, parts, settings, metadata, cluster),
-                batch_size=None,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=min(cluster.encoders, len(blocks))),
-                num_cpus=cluster.cpus_per_worker,
-                num_gpus=1 if cluster.gpu else 0,
-                ray_remote_args_fn=bounded_retries,
-            )
-            for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
-                progress.add(int(batch["rows"].sum()))
+            arguments = (memory, opened.manifest.id, pool, parts, settings, metadata, cluster)
+            for rows in map_units(blocks, _UnitScorer, arguments, cluster):
+                progress.add(rows)
     return total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -57,6 +58,15 @@ def test_a_killed_worker_changes_nothing_in_the_result(tiny_run: Recipe, tmp_pat
     weights, expected = (load_file(Path(folder.path) / "model.safetensors") for folder in (encoder, undisturbed))
     assert weights.keys() == expected.keys()
     assert all((weights[name] == expected[name]).all() for name in weights), "bit for bit"
+
+
+def test_a_run_killed_before_its_encoder_was_published_only_publishes_it(tiny_run: Recipe) -> None:
+    corpus = read_corpus(tiny_run.corpus.path)
+    folder = Path(trained_encoder(tiny_run, corpus).path)
+    weights = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    assert Path(train(tiny_run, corpus).path) == folder
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_checkpoints_hold_no_pickle(tiny_run: Recipe) -> None:

@@ -80,18 +80,20 @@ class UniqueUids:
 
 def read_pairs(path: Path | None, rows: int, columns: int) -> tuple[list[int], list[int]]:
     """The pairs of a filter file: lines "row label", from 0. No file, no pairs; repeats count once."""
+    if path is None:
+        return [], []
     pairs: dict[tuple[int, int], None] = {}
-    for number, line in read_lines(path) if path else ():
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         parts = line.split()
         if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-            raise CorpusError(path, f"expected 'row label', two integers; found {line[:60]!r}", line=number)  # type: ignore[arg-type]
+            raise CorpusError(path, f"expected 'row label', two integers; found {line[:60]!r}", line=number)
         pair = int(parts[0]), int(parts[1])
         for value, bound, field in zip(pair, (rows, columns), ("row", "label"), strict=True):
             if value >= bound:
                 raise CorpusError(
-                    path,  # type: ignore[arg-type]
+                    path,
                     f"{value} is out of range: there are {bound:,} {field}s, numbered from 0",
                     line=number,
                     field=field,
