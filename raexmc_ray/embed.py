@@ -65,7 +65,7 @@ def map_units(
 
     worker: class whose instances, made with `arguments`, map a block to {"rows": [number]}.
     """
-    _quiet_data()
+    quiet_data()
     done = ray.data.from_arrow(list(blocks)).map_batches(
         worker,
         fn_constructor_args=arguments,
@@ -125,7 +125,7 @@ def load_encoder(encoder: Folder, threads: int) -> TextEncoder:
     return loaded
 
 
-def _quiet_data() -> None:
+def quiet_data() -> None:
     """Keep Ray Data's own progress out of the way of our one line, and rows from being dropped in silence."""
     context = DataContext.get_current()
     context.enable_progress_bars = False

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -66,13 +67,33 @@ class Tokens:
             yield rows, self.take(rows)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Texts of nearly equal length, padded to the longest: what goes through the tower in one call.
+
+    rows: int64 [n], their places among the texts that were cut into chunks. ids, mask: int64 [n, longest].
+    """
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    def to(self, device: torch.device) -> Chunk:
+        """This chunk on `device`; the copy does not wait for it where the chunk is pinned."""
+        return Chunk(*(tensor.to(device, non_blocking=True) for tensor in (self.rows, self.ids, self.mask)))
+
+    def pin(self) -> Chunk:
+        """This chunk in memory that a GPU copies from by itself."""
+        return Chunk(self.rows.pin_memory(), self.ids.pin_memory(), self.mask.pin_memory())
+
+
 class TextEncoder(nn.Module):
     """The shared tower f of METHOD.md. Build one with `load`."""
 
     def __init__(self, model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, max_tokens: int) -> None:
         super().__init__()
         if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # type: ignore[assignment]  # unused here, and DDP demands that every weight is used
+            model.pooler = None  # type: ignore[assignment]  # unused here: its weights would have no gradient
         self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
@@ -94,13 +115,20 @@ class TextEncoder(nn.Module):
         Weights are float32, read from safetensors only; no code of the model's is run.
         """
         source = _resolve(model)
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"encoder.model is {model}, and there is no model there: {reason} Name a folder, a model of the hub "
+                "that this machine can reach, or package:NAME"
+            ) from None
         settings_path = Path(source) / SETTINGS_FILE
         if settings_path.is_file():
             settings = json.loads(settings_path.read_text())
             if settings["format_version"] > FORMAT_VERSION:
                 raise ValueError(f"{settings_path}: written by a newer version of raexmc_ray: update it")
             max_tokens = max_tokens or settings["max_tokens"]
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if layers is not None:
             if layers > config.num_hidden_layers:
                 raise ValueError(f"encoder.layers is {layers}, but {model} has {config.num_hidden_layers}")
@@ -128,32 +156,40 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of `texts`, cut to `max_tokens`, in parallel over the CPUs."""
-        encodings = self._backend.encode_batch_fast(list(texts))
-        lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, offsets[-1])
-        return Tokens(ids, offsets)
+        return tokenize(self._backend, texts)
 
-    def forward(self, tokens: Tokens, chunk_size: int) -> torch.Tensor:
-        """Embeddings [texts, d] of `tokens`, float32, of unit length, with gradients where they are enabled.
+    @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer, cutting included, as `tokenizers.Tokenizer.from_str` reads it."""
+        return self._backend.to_str()
 
-        Texts go through the tower in chunks of nearly equal length, and come back in their own order.
-        """
-        rows, embeddings = [], []
-        for chunk, part in tokens.chunks_by_length(chunk_size):
-            ids, mask = part.padded(self._pad_id)
-            rows.append(torch.from_numpy(chunk))
-            embeddings.append(self._embed(ids.to(self.device), mask.to(self.device)))
-        order = torch.argsort(torch.cat(rows))
-        return torch.cat(embeddings)[order.to(self.device)]
-
-    def _embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Embeddings float32 [n, d], of unit length, of token ids int64 [n, longest] under an attention mask."""
         reduced = self.compute_dtype != torch.float32
         with torch.autocast(ids.device.type, self.compute_dtype, enabled=reduced):
             states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weights = mask.unsqueeze(-1).to(states.dtype)
         mean = (states * weights).sum(1) / weights.sum(1)
         return nn.functional.normalize(mean, dim=-1)
+
+    def chunks(self, tokens: Tokens, size: int) -> list[Chunk]:
+        """`tokens` cut into chunks of up to `size` texts, the longest first, on the CPU."""
+        return [
+            Chunk(torch.from_numpy(rows), *part.padded(self._pad_id)) for rows, part in tokens.chunks_by_length(size)
+        ]
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens: Tokens, batch_size: int = 64) -> torch.Tensor:
+        """Embeddings float32 [texts, d] of `tokens`, on the encoder's device and in their own order."""
+        embeddings = torch.empty(len(tokens), self.dimension, device=self.device)
+        for chunk in self.chunks(tokens, batch_size):
+            on_device = chunk.to(self.device)
+            embeddings[on_device.rows] = self(on_device.ids, on_device.mask)
+        return embeddings
+
+    def compile_tower(self) -> None:
+        """Compile the transformer in place, for any number and length of texts."""
+        self.model.compile(dynamic=True)
 
     def set_dropout(self, dropout: float | None) -> None:
         """Give every dropout layer this probability; None leaves them as the model brings them."""
@@ -162,18 +198,18 @@ class TextEncoder(nn.Module):
                 if isinstance(module, nn.Dropout):
                     module.p = dropout
 
-    @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Embeddings of `texts`: float32 [texts, d], rows of unit length."""
-        if not len(texts):
-            return np.empty((0, self.dimension), np.float32)
-        return self(self.tokenize(texts), batch_size).cpu().numpy()
+        return self.encode_tokens(self.tokenize(texts), batch_size).cpu().numpy()
 
-    def save(self, folder: str | Path) -> None:
-        """Write the tower as safetensors with its tokenizer and settings."""
+    def save(self, folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the tower as safetensors with its tokenizer and settings.
+
+        weights: the tower's, copied at an earlier time, in place of those that it has now.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
         settings = {"format_version": FORMAT_VERSION, "max_tokens": self.max_tokens, "pooling": "mean"}
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -187,11 +223,20 @@ class TextEncoder(nn.Module):
         config = {name: value for name, value in self.model.config.to_dict().items() if name not in PASSING_CONFIG}  # type: ignore[operator,union-attr]
         settings = {"max_tokens": self.max_tokens, "pooling": "mean", "config": config}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        digest.update(self._backend.to_str().encode())
+        digest.update(self.tokenizer_json.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def tokenize(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> Tokens:
+    """Token ids of `texts`, in parallel over the CPUs."""
+    encodings = backend.encode_batch_fast(list(texts))
+    lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, offsets[-1])
+    return Tokens(ids, offsets)
 
 
 def bfloat16_is_native(device: torch.device) -> bool:

@@ -4,13 +4,100 @@ For query i with positive label p, similarities s divided by the temperature τ:
 
     L_ip = −s(x_i,z_p) + log( e^{s(x_i,z_p)} + Σ_{l: y_il=0} e^{s(x_i,z_l)} + Σ_{j≠i, y_i∩y_j=∅} e^{s(x_i,x_j)} )
 
-The loss is the mean over i of the mean over its positives.
+The loss is the mean over i of the mean over its positives. `contrastive_loss` computes it with full masks;
+`loss_and_gradients` takes the same loss, and its gradients, in blocks of queries, so that its memory does not grow
+with the square of the batch.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+
+BLOCK_CELLS = 1 << 21
+"""Similarities that `loss_and_gradients` has in memory at once, for each of about a dozen arrays."""
+
+
+@dataclass(frozen=True)
+class PairMask:
+    """A boolean matrix as its true cells: row r has columns[offsets[r] : offsets[r + 1]], int64 on the device;
+    offsets int64 on the CPU."""
+
+    offsets: torch.Tensor
+    columns: torch.Tensor
+
+    def rows(self, start: int, stop: int, width: int) -> torch.Tensor:
+        """bool [stop − start, width]: these rows of the matrix."""
+        offsets = self.offsets[start : stop + 1]
+        rows = torch.repeat_interleave(torch.arange(stop - start), offsets.diff()).to(self.columns.device)
+        mask = torch.zeros(stop - start, width, dtype=torch.bool, device=self.columns.device)
+        mask[rows, self.columns[offsets[0] : offsets[-1]]] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which keys are what to each query: over the labels C, over the labels C, and over the instances N.
+
+    positive: the positives that count, one or more a query. known: every label known to fit the query in the full
+    training relevance. shared: instances that share a label with it. own: int64 [B], its place among the instances.
+    """
+
+    positive: PairMask
+    known: PairMask
+    shared: PairMask
+    own: torch.Tensor
+
+
+def loss_and_gradients(
+    queries_BD: torch.Tensor,
+    labels_CD: torch.Tensor,
+    instances_ND: torch.Tensor | None,
+    masks: Masks,
+    *,
+    temperature: float,
+    decoupled: bool = True,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """The sum over the queries of their losses, times `scale`, and its gradients in the three arrays.
+
+    scale: 1/B (the mean) unless given; a rank that has a part of the batch's queries gives one over all of them.
+    The queries among the instances are taken for arrays of their own: add the two gradients.
+    """
+    queries, labels = (array.detach() for array in (queries_BD, labels_CD))
+    instances = None if instances_ND is None else instances_ND.detach()
+    to_queries = torch.empty_like(queries)
+    for keys in (labels, instances):
+        if keys is not None:
+            keys.requires_grad_()
+            keys.grad = torch.zeros_like(keys)
+    C, N = len(labels), 0 if instances is None else len(instances)
+    rows = max(1, BLOCK_CELLS // (C + N))
+    scale = 1 / len(queries) if scale is None else scale
+    total = torch.zeros((), device=queries.device, dtype=queries.dtype)
+    for start in range(0, len(queries), rows):
+        stop = min(start + rows, len(queries))
+        block = queries[start:stop].requires_grad_()
+        loss_B = contrastive_loss(
+            block,
+            labels,
+            instances,
+            positive_BC=masks.positive.rows(start, stop, C),
+            known_BC=masks.known.rows(start, stop, C),
+            shared_BN=None if instances is None else masks.shared.rows(start, stop, N),
+            own_B=masks.own[start:stop],
+            temperature=temperature,
+            decoupled=decoupled,
+        )
+        loss = loss_B.sum() * scale
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert block.grad is not None
+        to_queries[start:stop] = block.grad
+        total += loss.detach()
+    assert labels.grad is not None
+    return total, (to_queries, labels.grad, None if instances is None else instances.grad)
 
 
 def contrastive_loss(
@@ -25,7 +112,7 @@ def contrastive_loss(
     temperature: float,
     decoupled: bool = True,
 ) -> torch.Tensor:
-    """The loss of B queries against C labels and N instances: a scalar, differentiable in all embeddings.
+    """The loss of each of B queries against C labels and N instances: [B], differentiable in all embeddings.
 
     queries_BD, labels_CD, instances_ND: float, of unit length. No instances: the plain dual encoder.
     positive_BC: bool; the positives that count. Each query has one or more.
@@ -53,4 +140,4 @@ def contrastive_loss(
     # log(e^s + e^n) − s = softplus(n − s). The plain softmax has its positive in the denominator already.
     loss_BC = F.softplus(margin_BC) if decoupled else margin_BC
     positives_B = positive_BC.sum(1)
-    return (loss_BC.where(positive_BC, 0.0).sum(1) / positives_B).mean()
+    return loss_BC.where(positive_BC, 0.0).sum(1) / positives_B

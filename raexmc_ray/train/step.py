@@ -1,58 +1,162 @@
-"""The loss of one batch on one rank, and the schedule of the learning rate. Free of Ray."""
+"""One step on one rank: embeddings, the loss over the in-batch memory of all ranks, gradients. Free of Ray.
+
+The loss never sees the encoder's graph: it is taken on the gathered embeddings, and gives their gradients, which
+are then carried back through the encoder. So it is the same computation with or without gradient caching (Gao et
+al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, RepL4NLP 2021), and its memory does
+not grow with the square of the batch.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from raexmc_ray.encoder import Tokens
-from raexmc_ray.objective import contrastive_loss
+from raexmc_ray.encoder import Chunk, TextEncoder, Tokens
+from raexmc_ray.objective import Masks, PairMask, loss_and_gradients
 from raexmc_ray.recipe import TrainingSection
-from raexmc_ray.train.gather import gather_with_gradient
-from raexmc_ray.train.sampler import Batch
+from raexmc_ray.train.gather import gather, reduce_scatter, sum_over_ranks
+from raexmc_ray.train.meter import Meter
+from raexmc_ray.train.sampler import Batch, Pairs
 
 
-def batch_loss(
-    tower: nn.Module,
+@dataclass(frozen=True)
+class Prepared:
+    """A batch as one rank's device needs it.
+
+    chunks: this rank's instances, then its part of the labels. instances, labels: how many of each. seed: what
+    the dropout of chunk i follows from is (seed, i), so that a chunk can be encoded again.
+    """
+
+    batch: Batch
+    chunks: list[Chunk]
+    instances: int
+    labels: int
+    masks: Masks
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        return int(sum(chunk.mask.sum() for chunk in self.chunks))
+
+    @property
+    def cells(self) -> int:
+        """Tokens with the padding."""
+        return sum(chunk.ids.numel() for chunk in self.chunks)
+
+
+def prepare(
     batch: Batch,
+    encoder: TextEncoder,
     instance_tokens: Tokens,
     label_tokens: Tokens,
     settings: TrainingSection,
+    place: tuple[int, int],
     rank: int = 0,
     ranks: int = 1,
-) -> torch.Tensor:
-    """The loss of this rank's rows against the labels and instances of all ranks: a scalar.
+) -> Prepared:
+    """Cut and pad the texts of this rank's part of `batch`, and lay out its masks.
 
-    `tower` maps (tokens, chunk size) to embeddings: a TextEncoder, or DistributedDataParallel around one.
-    The mean over the ranks of what this returns is the loss of the whole batch. Each rank encodes an equal
-    part of the rows and of the distinct labels, in one call; the last labels are repeated to fill up the last
-    rank's part, and dropped after gathering.
+    Each rank encodes an equal part of the rows and of the distinct labels; the last labels are repeated to fill
+    up the last rank's part. place: (epoch, step), from which dropout follows.
     """
-    per_rank = len(batch.rows_B) // ranks
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)
     labels_per_rank = -(-len(batch.labels_C) // ranks)
     places = np.arange(rank * labels_per_rank, (rank + 1) * labels_per_rank)
     labels = batch.labels_C[np.minimum(places, len(batch.labels_C) - 1)]
-    tokens = concatenate(instance_tokens.take(batch.rows_B[mine]), label_tokens.take(labels))
-    embeddings = tower(tokens, settings.chunk_size)
-    queries_BD, part_CD = embeddings[:per_rank], embeddings[per_rank:]
-    labels_CD = gather_with_gradient(part_CD)[: len(batch.labels_C)]
-    objective = settings.objective
-    with_instances = objective.instances == "in_batch"
-    device = embeddings.device
-    positive_BC = batch.drawn_BC if objective.positives == "drawn" else batch.known_BC
-    return contrastive_loss(
-        queries_BD,
-        labels_CD,
-        gather_with_gradient(queries_BD) if with_instances else None,
-        positive_BC=torch.from_numpy(positive_BC[mine]).to(device),
-        known_BC=torch.from_numpy(batch.known_BC[mine]).to(device),
-        shared_BN=torch.from_numpy(batch.shared_BB[mine]).to(device) if with_instances else None,
-        own_B=torch.arange(mine.start, mine.stop, device=device),
-        temperature=settings.temperature,
-        decoupled=objective.kind == "decoupled",
+    rows = batch.rows_B[batch.start : batch.stop]
+    tokens = concatenate(instance_tokens.take(rows), label_tokens.take(labels))
+    pin, device = encoder.device.type == "cuda", encoder.device
+    chunks = [chunk.pin() if pin else chunk for chunk in encoder.chunks(tokens, settings.chunk_size)]
+    positive = batch.drawn if settings.objective.positives == "drawn" else batch.known
+    masks = Masks(
+        _mask(positive, device),
+        _mask(batch.known, device),
+        _mask(batch.shared, device),
+        torch.arange(batch.start, batch.stop, device=device),
     )
+    seed = int(np.random.SeedSequence([settings.seed, *place, rank]).generate_state(1)[0])
+    return Prepared(batch, chunks, len(rows), len(labels), masks, seed)
+
+
+def accumulate_gradients(
+    encoder: TextEncoder, prepared: Prepared, settings: TrainingSection, meter: Meter | None = None
+) -> torch.Tensor:
+    """Add the gradient of the whole batch's loss to the encoder's weights, on every rank; returns the loss.
+
+    The loss is the mean over the queries of all ranks: a scalar, the same on each rank.
+    """
+    meter = meter or Meter(encoder.device)
+    with meter("forward"):
+        embeddings, graphs = _embed(encoder, prepared, keep_all=not settings.gradient_cache)
+    with meter("communication"):
+        queries_BD, part_CD = embeddings[: prepared.instances], embeddings[prepared.instances :]
+        all_labels = gather(part_CD)  # the repeated ones at its end included
+        with_instances = settings.objective.instances == "in_batch"
+        instances_BD = gather(queries_BD) if with_instances else None
+    with meter("loss"):
+        loss, (to_queries, to_labels, to_instances) = loss_and_gradients(
+            queries_BD,
+            all_labels[: len(prepared.batch.labels_C)],
+            instances_BD,
+            prepared.masks,
+            temperature=settings.temperature,
+            decoupled=settings.objective.kind == "decoupled",
+            scale=1 / len(prepared.batch.rows_B),
+        )
+    with meter("communication"):
+        gradient = torch.empty_like(embeddings)
+        gradient[: prepared.instances] = to_queries
+        if to_instances is not None:
+            gradient[: prepared.instances] += reduce_scatter(to_instances)
+        repeated = len(all_labels) - len(to_labels)
+        gradient[prepared.instances :] = reduce_scatter(nn.functional.pad(to_labels, (0, 0, 0, repeated)))
+    with meter("backward"):
+        _carry_back(encoder, prepared, graphs, gradient)
+    with meter("communication"):
+        sum_over_ranks([loss, *(p.grad for p in encoder.parameters() if p.grad is not None)])
+    return loss
+
+
+def _embed(
+    encoder: TextEncoder, prepared: Prepared, keep_all: bool
+) -> tuple[torch.Tensor, list[tuple[Chunk, torch.Tensor | None]]]:
+    """Embeddings [texts, d] without a graph, and of each chunk those with a graph: of all chunks, or, to save
+    memory, only of the last one, which is carried back first."""
+    embeddings = torch.empty(prepared.instances + prepared.labels, encoder.dimension, device=encoder.device)
+    graphs: list[tuple[Chunk, torch.Tensor | None]] = []
+    for i, chunk in enumerate(prepared.chunks):
+        on_device = chunk.to(encoder.device)
+        keep = keep_all or i + 1 == len(prepared.chunks)
+        with torch.set_grad_enabled(keep):
+            part = _forward(encoder, on_device, prepared.seed + i)
+        embeddings[on_device.rows] = part.detach()
+        graphs.append((on_device, part if keep else None))
+    return embeddings, graphs
+
+
+def _carry_back(
+    encoder: TextEncoder,
+    prepared: Prepared,
+    graphs: list[tuple[Chunk, torch.Tensor | None]],
+    gradient: torch.Tensor,
+) -> None:
+    """Backward through the encoder, the last chunk first; what has no graph is encoded again."""
+    for i in reversed(range(len(graphs))):
+        chunk, part = graphs.pop()
+        if part is None:
+            part = _forward(encoder, chunk, prepared.seed + i)
+        part.backward(gradient[chunk.rows])  # type: ignore[no-untyped-call]
+
+
+def _forward(encoder: TextEncoder, chunk: Chunk, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return encoder(chunk.ids, chunk.mask)
+
+
+def _mask(pairs: Pairs, device: torch.device) -> PairMask:
+    return PairMask(torch.from_numpy(pairs.offsets), torch.from_numpy(pairs.columns).to(device))
 
 
 def concatenate(first: Tokens, second: Tokens) -> Tokens:
@@ -79,3 +183,8 @@ def make_optimizer(tower: nn.Module, settings: TrainingSection) -> torch.optim.A
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+
+
+def gradient_norm(tower: nn.Module) -> torch.Tensor:
+    """L2 norm of all gradients together: a scalar; not finite where any of them is not."""
+    return torch.nn.utils.get_total_norm([p.grad for p in tower.parameters() if p.grad is not None])

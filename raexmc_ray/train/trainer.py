@@ -1,27 +1,37 @@
-"""The driver's side of training: hand the corpus to the workers, show progress, publish the encoder."""
+"""Ray: the driver's side of training: check, plan, tokenise, start the workers, follow them, publish the encoder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import tempfile
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
-from raexmc_ray.train.sampler import Sampler
-from raexmc_ray.train.worker import ENCODER, train_worker
+from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
+from raexmc_ray.train.curves import PICTURE, draw_curves, read_curves
+from raexmc_ray.train.loop import NonFiniteLossError, TrainingData
+from raexmc_ray.train.plan import Plan, refuse, worker_bytes
+from raexmc_ray.train.tokens import tokenize_on_cluster
+from raexmc_ray.train.validate import HeldOut
+from raexmc_ray.train.worker import flatten, train_worker
 
 DONE = "trained.json"
 POLL_S = 0.5
+logger = logging.getLogger("raexmc_ray")
 
 
 def train(recipe: Recipe, corpus: Corpus) -> Folder:
@@ -29,51 +39,46 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
 
     The same recipe and corpus make the same run: one that was stopped goes on from its last checkpoint, one
     that is finished is not run again. A failed worker is started again up to `cluster.max_failures` times.
+    Raises ValueError for what cannot work, NonFiniteLossError.
     """
     key = run_key(recipe, corpus)
     target = encoder_folder(recipe, key)
     if (target / DONE).size() is not None:
         return target
-    settings = recipe.training
-    sampler = Sampler(corpus.train.relevance, settings.batch_size, settings.positives_per_instance, settings.seed)
+    refuse(recipe, len(corpus.train) - corpus.train.unlabelled)
+    run = run_folder(recipe, key)
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
-    progress = ProgressActor.remote()  # type: ignore[attr-defined]
-    checkpoints = Folder.at(recipe.cluster.storage) / "checkpoints"
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "recipe": recipe.model_dump(mode="json", by_alias=True),
-            "arrays": ray.put(_flat_arrays(corpus, encoder)),
-            "progress": progress,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=recipe.cluster.workers,
-            use_gpu=recipe.cluster.gpu,
-            resources_per_worker={"CPU": recipe.cluster.cpus_per_worker} | ({"GPU": 1} if recipe.cluster.gpu else {}),
-        ),
-        run_config=RunConfig(
-            name=key,
-            storage_path=checkpoints.path,
-            storage_filesystem=checkpoints.filesystem,
-            failure_config=FailureConfig(max_failures=recipe.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    with _Watcher(progress, settings.epochs * sampler.steps, sampler.steps, settings.batch_size):
-        result = trainer.fit()
-    if result.error is not None:
-        raise result.error
-    assert result.checkpoint is not None, "a finished run has a checkpoint"
-    with result.checkpoint.as_directory() as folder:
-        trained = TextEncoder.load(f"{folder}/{ENCODER}")
-        target.upload(Path(folder) / ENCODER)
-    details = {
-        "fingerprint": trained.fingerprint,
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "metrics": {name: (result.metrics or {}).get(name) for name in ("epoch", "loss", "learning_rate")},
-    }
-    (target / DONE).write(json.dumps(details, indent=2).encode())
+    data = training_data(recipe, corpus, encoder)
+    plan = _plan(recipe, data, encoder)
+    logger.info("%s", plan)
+    checkpoints = Checkpoints(run / "checkpoints", recipe.cluster.checkpoints_kept)
+    try:
+        _run_workers(recipe, run, data, plan)
+    finally:
+        lines = read_curves(run)
+        if lines:
+            (run / PICTURE).write(draw_curves(lines, recipe.training.evaluation.metric))
+    last = checkpoints.latest()
+    if last is None or not last.state["finished"]:
+        raise RuntimeError(f"{run}: the workers ended without a last checkpoint: run the same command again")
+    best = checkpoints.open(last.state["best_step"]) if last.state["best_step"] >= 0 else last
+    assert best is not None, "the best checkpoint is kept"
+    _publish(best, last, target, recipe)
     return target
+
+
+def training_data(recipe: Recipe, corpus: Corpus, encoder: TextEncoder) -> TrainingData:
+    """The corpus as flat arrays; where the recipe evaluates while training, with a slice held out."""
+    evaluation, held_out = recipe.training.evaluation, None
+    if evaluation.every:
+        corpus = corpus.hold_out(evaluation.holdout, seed=recipe.training.seed + 1)
+        test = corpus.test
+        held_out = HeldOut(
+            tokenize_on_cluster(encoder, test.texts["text"], "held-out rows"), test.relevance, test.filtered
+        )
+    instances = tokenize_on_cluster(encoder, corpus.train.texts["text"], "instances")
+    labels = tokenize_on_cluster(encoder, corpus.labels["text"], "labels")
+    return TrainingData(instances, labels, corpus.train.relevance, held_out)
 
 
 def trained_encoder(recipe: Recipe, corpus: Corpus) -> Folder:
@@ -92,6 +97,7 @@ def run_key(recipe: Recipe, corpus: Corpus) -> str:
     parts: list[Any] = [
         recipe.encoder.model_dump(mode="json"),
         recipe.training.model_dump(mode="json"),
+        recipe.prediction.model_dump(mode="json") if recipe.training.evaluation.every else None,
         recipe.cluster.workers,
         corpus.fingerprint,
     ]
@@ -102,20 +108,71 @@ def encoder_folder(recipe: Recipe, key: str) -> Folder:
     return Folder.at(recipe.cluster.storage) / "encoders" / key
 
 
-def _flat_arrays(corpus: Corpus, encoder: TextEncoder) -> dict[str, Any]:
-    """The corpus as the workers need it: arrays that they read from shared memory, without a copy."""
-    instances = encoder.tokenize(corpus.train.texts["text"].to_pylist())
-    labels = encoder.tokenize(corpus.labels["text"].to_pylist())
-    relevance = corpus.train.relevance
-    return {
-        "instance_ids": instances.ids,
-        "instance_offsets": instances.offsets,
-        "label_ids": labels.ids,
-        "label_offsets": labels.offsets,
-        "indptr": relevance.indptr,
-        "indices": relevance.indices,
-        "shape": relevance.shape,
+def run_folder(recipe: Recipe, key: str) -> Folder:
+    """Where a run's checkpoints, curves and mined neighbours are."""
+    return Folder.at(recipe.cluster.storage) / "training" / key
+
+
+def _plan(recipe: Recipe, data: TrainingData, encoder: TextEncoder) -> Plan:
+    labelled = int(np.count_nonzero(np.diff(data.relevance.indptr)))
+    return Plan(
+        recipe,
+        instances=labelled,
+        steps_an_epoch=labelled // recipe.training.batch_size,
+        parameters=sum(p.numel() for p in encoder.parameters()),
+        memory_bytes=worker_bytes(encoder, recipe),
+    )
+
+
+def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) -> None:
+    """Until the workers have finished the run. Raises NonFiniteLossError, and Ray Train's errors."""
+    cluster = recipe.cluster
+    progress = ProgressActor.remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json", by_alias=True),
+            "data": ray.put(flatten(data)),
+            "folder": str(run),
+            "progress": progress,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.gpu else {}),
+        ),
+        # Gradients and keys go over NCCL; what is mined is on the CPU, and goes over gloo.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.gpu else "gloo"),
+        run_config=RunConfig(
+            # Ray Train takes up a run of the same name from what it wrote about it; ours goes on from checkpoints
+            # of its own, so each start is a new run to Ray.
+            name=uuid.uuid4().hex,
+            storage_path=(run / "ray").path,
+            storage_filesystem=run.filesystem,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    with _Watcher(progress, plan) as watcher:
+        result = trainer.fit()
+    if watcher.stopped:
+        raise NonFiniteLossError(watcher.stopped)
+    if result.error is not None:
+        raise result.error
+
+
+def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        local = best.encoder.local(Path(scratch))
+        fingerprint = TextEncoder.load(str(local)).fingerprint
+        target.upload(local)
+    details = {
+        "fingerprint": fingerprint,
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "step": best.step,
+        "steps": last.step,
+        "best": last.state["best"],
     }
+    (target / DONE).write(json.dumps(details, indent=2).encode())
 
 
 @ray.remote(num_cpus=0)
@@ -123,33 +180,44 @@ class ProgressActor:
     """Where the first worker says how far it is, and the driver reads it."""
 
     def __init__(self) -> None:
-        self._state = (0, 0.0, 0.0)
+        self._step = 0
+        self._figures: dict[str, float] = {}
+        self._stopped = ""
 
-    def update(self, steps: int, loss: float, learning_rate: float) -> None:
-        self._state = (steps, loss, learning_rate)
+    def update(self, step: int, figures: dict[str, float]) -> None:
+        self._step = step
+        self._figures |= figures
 
-    def get(self) -> tuple[int, float, float]:
-        """(steps done, last loss, learning rate)."""
-        return self._state
+    def stop(self, reason: str) -> None:
+        """The run cannot go on."""
+        self._stopped = reason
+
+    def get(self) -> tuple[int, dict[str, float], str]:
+        """(steps done, the last value of each figure, why the run cannot go on or "")."""
+        return self._step, self._figures, self._stopped
 
 
 class _Watcher:
     """Shows a ProgressActor's state on one line, in a thread, while in use."""
 
-    def __init__(self, actor: Any, steps: int, steps_an_epoch: int, batch_size: int) -> None:
-        self._actor = actor
-        self._steps_an_epoch, self._batch_size = steps_an_epoch, batch_size
-        self._progress = Progress("train", steps * batch_size, "texts")
-        self._stop = threading.Event()
-        self._shown = 0
+    def __init__(self, actor: Any, plan: Plan) -> None:
+        self._actor, self._plan = actor, plan
+        self._metric = plan.recipe.training.evaluation.metric
+        self._batch = plan.recipe.training.batch_size
+        self._progress = Progress("train", plan.steps * self._batch, "texts")
+        self._end = threading.Event()
+        self._shown: int | None = None
+        self._told_time = False
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.stopped = ""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Watcher:
         self._progress.__enter__()
         self._thread.start()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stop.set()
+        self._end.set()
         self._thread.join()
         if error[0] is None:
             self._show()
@@ -157,17 +225,20 @@ class _Watcher:
         ray.kill(self._actor)
 
     def _watch(self) -> None:
-        while not self._stop.wait(POLL_S):
+        while not self._end.wait(POLL_S):
             self._show()
 
     def _show(self) -> None:
-        steps, loss, rate = ray.get(self._actor.get.remote())
-        if steps > self._shown:
-            epoch = -(-steps // self._steps_an_epoch)
-            self._progress.add(
-                (steps - self._shown) * self._batch_size,
-                epoch=str(epoch),
-                loss=f"{loss:.3f}",
-                lr=f"{rate:.1e}",
-            )
-            self._shown = steps
+        step, figures, self.stopped = ray.get(self._actor.get.remote())
+        if not self._told_time and "seconds_per_step" in figures:
+            self._told_time = True
+            seconds = figures["seconds_per_step"]
+            hours = (self._plan.steps - step) * seconds / 3600
+            logger.info("time        about %.2f hours more, at %.0f texts/s", hours, self._batch / seconds)
+        if "loss" not in figures or (self._shown is not None and step <= self._shown):
+            return
+        fields = {"epoch": f"{figures['epoch']:.1f}", "loss": f"{figures['loss']:.3f}"}
+        if self._metric in figures:
+            fields[f"held-out {self._metric}"] = f"{figures[self._metric]:.1f}"
+        self._progress.add((step - (self._shown or 0)) * self._batch, **fields)
+        self._shown = step

@@ -1,0 +1,107 @@
+"""What a training is about to do, and what cannot work, said before anything is started."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+
+from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.files import Folder
+from raexmc_ray.recipe import Recipe
+
+ADAM_BYTES = 16
+"""A weight in float32, its gradient, and the two moments of AdamW."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a training. `str(plan)` is what people read."""
+
+    recipe: Recipe
+    instances: int
+    steps_an_epoch: int
+    parameters: int
+    memory_bytes: int
+    """Of a worker: see `worker_bytes`."""
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.training.epochs * self.steps_an_epoch
+
+    def __str__(self) -> str:
+        settings, cluster = self.recipe.training, self.recipe.cluster
+        each = "1 GPU" if cluster.gpu else f"{cluster.cpus_per_worker:g} CPU"
+        cached = ", gradient cache" if settings.gradient_cache else ""
+        mined = [f"{settings.mining.batches} batches"] + [f"{settings.mining.labels} mined labels"] * (
+            settings.mining.labels > 0
+        )
+        return "\n".join(
+            (
+                f"workers     {cluster.workers} with {each} each",
+                f"batch       {settings.batch_size:,} instances over all workers, "
+                f"{settings.batch_size // cluster.workers:,} a worker, chunks of {settings.chunk_size}{cached}",
+                f"steps       {self.steps:,}: {settings.epochs} epochs of {self.steps_an_epoch:,}, "
+                f"over {self.instances:,} instances that have a label",
+                f"objective   {settings.objective.kind}, instances {settings.objective.instances}, {', '.join(mined)}",
+                f"parameters  {self.parameters / 1e6:,.1f} million, {settings.precision} precision",
+                f"memory      about {self.memory_bytes / 2**30:,.1f} GiB a worker",
+            )
+        )
+
+
+def worker_bytes(encoder: TextEncoder, recipe: Recipe) -> int:
+    """An estimate of what training takes in a worker's memory (its GPU's, where it has one), in bytes.
+
+    Weights, gradients and moments; the activations of the chunks that are alive, by Korthikanti et al., Reducing
+    Activation Recomputation in Large Transformer Models (2022): s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits, twice
+    that in 32; the embeddings of the whole batch with their gradients; the blocks of similarities.
+    """
+    settings, config = recipe.training, cast(Any, encoder.model.config)
+    hidden, layers, heads = encoder.dimension, int(config.num_hidden_layers), int(config.num_attention_heads)
+    weights = sum(p.numel() for p in encoder.parameters())
+    texts = settings.batch_size * (1 + settings.positives_per_instance + settings.mining.labels)
+    alive = settings.chunk_size if settings.gradient_cache else -(-texts // recipe.cluster.workers)
+    tokens = encoder.max_tokens
+    width = 1 if settings.precision == "bfloat16" or (settings.precision == "auto" and recipe.cluster.gpu) else 2
+    activations = layers * tokens * alive * hidden * (34 + 5 * heads * tokens // hidden) * width
+    return weights * ADAM_BYTES + activations + texts * hidden * 4 * 4 + 12 * 4 * (1 << 21)
+
+
+def refuse(recipe: Recipe, labelled: int) -> None:
+    """Raise ValueError, with the remedy, for what cannot work on this cluster: before anything is started.
+
+    What a recipe cannot be in itself is refused when it is read.
+    """
+    cluster, settings = recipe.cluster, recipe.training
+    if labelled < settings.batch_size:
+        raise ValueError(
+            f"training.batch_size is {settings.batch_size}, but only {labelled} training instances have a label: "
+            "make the batch smaller"
+        )
+    _refuse_storage(Folder.at(cluster.storage))
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, wanted, remedy in (
+        ("GPU", cluster.workers if cluster.gpu else 0, "set cluster.workers to what there is, or cluster.gpu=false"),
+        ("CPU", cluster.workers * cluster.cpus_per_worker, "lower cluster.workers or cluster.cpus_per_worker"),
+    ):
+        found = have.get(name, 0)
+        if found < wanted:
+            raise ValueError(
+                f"training wants {wanted:g} {name}s ({cluster.workers} workers), and the cluster has {found:g}: "
+                f"{remedy}, or add nodes"
+            )
+
+
+def _refuse_storage(storage: Folder) -> None:
+    probe = storage / f".writable-{uuid.uuid4().hex}"
+    try:
+        probe.write(b"")
+        probe.filesystem.delete_file(probe.path)
+    except OSError as error:
+        raise ValueError(
+            f"cluster.storage is {storage}, and it cannot be written to ({error}): set it to a folder or URL that "
+            "every node can write to"
+        ) from None

@@ -1,0 +1,55 @@
+"""Ray Data: the texts of a corpus as flat arrays of token ids, made once for all workers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import tokenizers
+
+from raexmc_ray.embed import quiet_data
+from raexmc_ray.encoder import TextEncoder, Tokens, tokenize
+from raexmc_ray.progress import Progress
+
+BLOCK = 8192
+"""Texts that one task tokenises."""
+
+
+def tokenize_on_cluster(encoder: TextEncoder, texts: pa.ChunkedArray, name: str) -> Tokens:
+    """Tokens of `texts` (Arrow strings), cut to the encoder's `max_tokens`, in parallel over the cluster."""
+    if len(texts) <= BLOCK:  # not worth a task
+        return encoder.tokenize(texts.to_pylist())
+    quiet_data()
+    column = texts.combine_chunks()
+    blocks = [
+        pa.table({"place": [place], "texts": [column[start : start + BLOCK].to_pylist()]})
+        for place, start in enumerate(range(0, len(column), BLOCK))
+    ]
+    tokenize_block: Any = partial(_tokenize_block, tokenizer=encoder.tokenizer_json)
+    done = ray.data.from_arrow(blocks).map_batches(tokenize_block, batch_size=None, batch_format="pyarrow")
+    parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    with Progress(f"tokenize {name}", len(column), "texts") as progress:
+        block: Any
+        for block in done.iter_batches(batch_size=1, batch_format="pyarrow"):
+            ids, lengths = (block[name].combine_chunks().flatten().to_numpy() for name in ("ids", "lengths"))
+            parts[block["place"][0].as_py()] = ids, lengths
+            progress.add(len(lengths))
+    ordered = [parts[place] for place in range(len(blocks))]  # tasks end in any order
+    lengths_N = np.concatenate([lengths for _, lengths in ordered])
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)])
+    return Tokens(np.concatenate([ids for ids, _ in ordered]), offsets)
+
+
+def _tokenize_block(block: pa.Table, tokenizer: str) -> pa.Table:
+    """(place, texts) of one block to (place, ids, lengths)."""
+    tokens = tokenize(tokenizers.Tokenizer.from_str(tokenizer), block["texts"][0].as_py())
+    return pa.table(
+        {
+            "place": block["place"],
+            "ids": pa.array([tokens.ids], pa.large_list(pa.int32())),
+            "lengths": pa.array([tokens.lengths], pa.large_list(pa.int64())),
+        }
+    )

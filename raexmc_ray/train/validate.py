@@ -1,0 +1,79 @@
+"""How good the encoder is while it trains: prediction on held-out rows, from the memory that it would make now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from raexmc_ray.encoder import TextEncoder, Tokens
+from raexmc_ray.memory.hits import Hits, merge_hits
+from raexmc_ray.metrics import inverse_propensity, score_table
+from raexmc_ray.predict import aggregate
+from raexmc_ray.ragged import ragged_take
+from raexmc_ray.recipe import Neighbours, Recipe
+from raexmc_ray.train.mining import Part, all_rows, embed_part, search
+
+DEPTH = 100
+"""Labels predicted: the deepest metric is R@100."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows held out of the training: tokens of B texts, CSR [B, L] of their labels and of their filter pairs."""
+
+    tokens: Tokens
+    relevance: sp.csr_matrix
+    filtered: sp.csr_matrix
+
+
+def validate(
+    encoder: TextEncoder, held_out: HeldOut, instances: Part, labels: Part, relevance: sp.csr_matrix, recipe: Recipe
+) -> dict[str, float]:
+    """{metric: percent, "metric labels only": percent, "metric instances only": percent} on the held-out rows.
+
+    instances, labels: this rank's part of the keys. relevance: CSR [N, L] of the training. The settings are those
+    of the recipe's `prediction`. The same result on every rank.
+    """
+    queries = embed_part(encoder, held_out.tokens, recipe.encoder.batch_size, instances.first, instances.ranks)
+    settings = recipe.prediction
+    b = settings.neighbours.joint or max(settings.neighbours.instances or 0, settings.neighbours.labels or 0)
+    found = [
+        _hits(*search(queries, instances, max(b, DEPTH)), relevance),
+        _hits(*search(queries, labels, max(b, DEPTH)), None, first_key=relevance.shape[0]),
+    ]
+    rows = {
+        "": (settings.lambda_, settings.neighbours),
+        " labels only": (0.0, Neighbours(instances=0, labels=max(b, DEPTH))),
+        " instances only": (1.0, Neighbours(instances=max(b, DEPTH), labels=0)),
+    }
+    section = recipe.corpus
+    inverse_L = inverse_propensity(relevance, section.propensity_a, section.propensity_b)
+    figures: dict[str, float] = {}
+    for name, (lambda_, neighbours) in rows.items():
+        predicted = aggregate(
+            merge_hits(found, neighbours),
+            lambda_=lambda_,
+            temperature=settings.temperature,
+            k=DEPTH,
+            exclude=held_out.filtered[queries.rows],
+        )
+        table = score_table(all_rows(predicted.labels_Bk, queries), held_out.relevance, inverse_L)
+        figures |= {f"{metric}{name}": value for metric, value in table.items()}
+    return figures
+
+
+def _hits(rows: np.ndarray, scores: np.ndarray, relevance: sp.csr_matrix | None, first_key: int = 0) -> Hits:
+    """What `search` found as hits: of instances, which vote for their labels, or of labels (no `relevance`)."""
+    cells = rows.ravel()
+    found = cells[cells >= 0]
+    if relevance is None:
+        votes, lengths = found, (cells >= 0).astype(np.int64)
+    else:
+        votes, _ = ragged_take(relevance.indices, relevance.indptr, found)
+        lengths = np.where(cells >= 0, np.diff(relevance.indptr)[cells], 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    keys = np.where(rows >= 0, rows + first_key, -1)
+    is_label = (rows >= 0) & (relevance is None)
+    return Hits(keys, scores, is_label, votes.astype(np.int32), offsets, snapshot="")

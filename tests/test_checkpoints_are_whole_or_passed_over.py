@@ -1,0 +1,124 @@
+"""A checkpoint is complete, or it is not resumed from; the newest few stay, and the best."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import MODEL
+
+from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.files import Folder
+from raexmc_ray.recipe import TrainingSection
+from raexmc_ray.train.checkpoint import SEAL, Checkpoints
+from raexmc_ray.train.step import make_optimizer
+
+
+@pytest.fixture
+def trained() -> tuple[TextEncoder, torch.optim.Optimizer]:
+    encoder = TextEncoder.load(MODEL, layers=1, max_tokens=8)
+    optimizer = make_optimizer(encoder, TrainingSection())
+    step(encoder, optimizer)
+    return encoder, optimizer
+
+
+def step(encoder: TextEncoder, optimizer: torch.optim.Optimizer) -> None:
+    chunk = encoder.chunks(encoder.tokenize(["a text", "another"]), 2)[0]
+    encoder(chunk.ids, chunk.mask)[:, 0].sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def weights(encoder: TextEncoder) -> torch.Tensor:
+    return torch.cat([p.detach().ravel() for p in encoder.parameters()])
+
+
+def test_it_brings_everything_back(trained: tuple, tmp_path: Path) -> None:
+    encoder, optimizer = trained
+    checkpoints = Checkpoints(Folder.at(tmp_path), keep=2)
+    checkpoints.write(7, encoder, optimizer, {"step": 7, "best": None}, -1)
+    before = weights(encoder)
+    step(encoder, optimizer)  # what comes after the call is not in it
+    after = weights(encoder)
+    checkpoints.wait()
+    found = checkpoints.latest()
+    assert found is not None
+    assert (found.step, found.state) == (7, {"step": 7, "best": None})
+    other = TextEncoder.load(MODEL, layers=1, max_tokens=8)
+    restored = make_optimizer(other, TrainingSection())
+    found.restore(other, restored)
+    assert torch.equal(weights(other), before)
+    step(other, restored)
+    assert torch.equal(weights(other), after), "the moments are back, too"
+    assert torch.equal(weights(TextEncoder.load(found.encoder.path)), before), "an encoder like any other"
+
+
+def test_what_is_torn_or_altered_is_passed_over(
+    trained: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(Folder.at(tmp_path), keep=9)
+    for number in (1, 2):
+        checkpoints.write(number, *trained, {"step": number}, -1)
+    checkpoints.wait()
+    newest = tmp_path / "step-00000002"
+    files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
+    assert {"model.safetensors", "optimizer.safetensors", "state.json", SEAL} <= {path.name for path in files}
+    assert not any(path.suffix in {".pkl", ".pt", ".bin", ".pickle"} for path in files), "no pickle"
+    for path in files:
+        whole = path.read_bytes()
+        altered = whole[:-1] + bytes([whole[-1] ^ 1])
+        for damage in (whole[: len(whole) // 2], altered, None):
+            if path.name == SEAL and damage == altered:
+                continue  # its last byte is a brace: no JSON without it
+            path.unlink() if damage is None else path.write_bytes(damage)
+            with caplog.at_level(logging.WARNING):
+                found = checkpoints.latest()
+            assert found is not None
+            assert found.step == 1, path
+            if not (path.name == SEAL and damage is None):
+                assert "step-00000002" in caplog.text
+            caplog.clear()
+        path.write_bytes(whole)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 2
+    (tmp_path / "step-00000001" / SEAL).unlink()
+    (newest / SEAL).write_text(json.dumps({"files": {}})[:-1])
+    assert checkpoints.latest() is None
+
+
+def test_the_newest_and_the_best_stay(trained: tuple, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Folder.at(tmp_path), keep=2)
+    for number in range(1, 6):
+        checkpoints.write(number, *trained, {"step": number}, best=2 if number >= 2 else 1)
+    checkpoints.wait()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{n:08d}" for n in (2, 4, 5)]
+
+
+def test_training_does_not_wait_for_it(trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    upload = Folder.upload
+
+    def slow_upload(folder: Folder, local: Path) -> None:
+        assert gate.wait(60)
+        upload(folder, local)
+
+    monkeypatch.setattr(Folder, "upload", slow_upload)
+    checkpoints = Checkpoints(Folder.at(tmp_path), keep=2)
+    checkpoints.write(1, *trained, {"step": 1}, -1)
+    assert checkpoints.latest() is None, "the call is back before the checkpoint is there"
+    gate.set()
+    checkpoints.wait()
+    assert checkpoints.latest() is not None
+
+
+def test_a_write_that_fails_is_an_error(trained: tuple, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    checkpoints = Checkpoints(Folder.at(tmp_path / "checkpoints"), keep=2)
+    checkpoints.write(1, *trained, {"step": 1}, -1)
+    with pytest.raises(OSError):
+        checkpoints.wait()

@@ -1,0 +1,163 @@
+"""A run that stops anywhere and goes on ends with the same bits as one that never stopped; a loss that is not
+finite ends it; what it evaluates decides which encoder it gives. In one process, without Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_settings
+
+from raexmc_ray.corpus import read_corpus
+from raexmc_ray.files import Folder
+from raexmc_ray.recipe import Recipe
+from raexmc_ray.train.curves import draw_curves, read_curves
+from raexmc_ray.train.loop import Loop, NonFiniteLossError, State
+from raexmc_ray.train.trainer import training_data
+from raexmc_ray.train.worker import flatten, make_encoder, unflatten
+
+EVERYTHING = [
+    "cluster.workers=1",
+    "cluster.checkpoint_every=3",
+    "training.dropout=0.1",
+    "training.gradient_cache=true",
+    "training.chunk_size=16",
+    "training.mining={batches: neighbours, labels: 2, every: 2, group: 4}",
+    "training.evaluation={every: 1, holdout: 0.2}",
+]
+
+
+class StoppedError(Exception):
+    """What takes the place of a kill."""
+
+
+def run(corpus: Path, folder: Path, overrides: list[str], stop_at: int | None = None) -> tuple[Loop, State]:
+    """The run in `folder`, or its next life."""
+    recipe = Recipe.parse(tiny_settings(corpus, folder), overrides)
+    encoder = make_encoder(recipe, torch.device("cpu"))
+
+    def report(step: int, figures: dict[str, float]) -> None:
+        if step == stop_at and "loss" in figures:
+            raise StoppedError
+
+    data = unflatten(flatten(training_data(recipe, read_corpus(corpus), encoder)))
+    loop = Loop(recipe, data, encoder, Folder.at(folder), report)
+    try:
+        return loop, loop.run()
+    finally:
+        loop.checkpoints.wait()
+
+
+def weights(loop: Loop) -> torch.Tensor:
+    return torch.cat([p.detach().ravel() for p in loop.encoder.parameters()])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Loop, State]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, *run(tiny_corpus, folder, EVERYTHING)
+
+
+@pytest.mark.parametrize("stops", [[1], [5, 8], [11]])
+def test_going_on_changes_no_bit(stops: list[int], undisturbed: tuple, tiny_corpus: Path, tmp_path: Path) -> None:
+    folder, loop, state = undisturbed
+    assert state.step == loop.steps == 12, "two epochs of six"
+    for stop in stops:
+        with pytest.raises(StoppedError):
+            run(tiny_corpus, tmp_path, EVERYTHING, stop)
+    again, ended = run(tiny_corpus, tmp_path, EVERYTHING)
+    assert ended == state
+    assert torch.equal(weights(again), weights(loop)), "bit for bit"
+    lines, expected = read_curves(Folder.at(tmp_path)), read_curves(Folder.at(folder))
+    assert [line["step"] for line in lines] == [line["step"] for line in expected], "no step twice, none missing"
+    for name in ("loss", "P@1", "R@10"):
+        assert [line.get(name) for line in lines] == [line.get(name) for line in expected]
+
+
+def test_a_finished_run_is_not_run_again(undisturbed: tuple, tiny_corpus: Path) -> None:
+    folder, loop, state = undisturbed
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    again, ended = run(tiny_corpus, folder, EVERYTHING, stop_at=state.step)
+    assert ended == state
+    assert torch.equal(weights(again), weights(loop))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == names
+
+
+def test_the_best_checkpoint_is_kept_and_named(undisturbed: tuple) -> None:
+    folder, loop, state = undisturbed
+    measured = {line["step"]: line["P@1"] for line in read_curves(Folder.at(folder)) if "P@1" in line}
+    assert sorted(measured) == [6, 12]
+    assert state.best == max(measured.values()) == measured[state.best_step]
+    best = loop.checkpoints.open(state.best_step)
+    assert best is not None
+    assert best.state["best_step"] == state.best_step
+
+
+def test_the_curves_can_be_looked_at(undisturbed: tuple) -> None:
+    folder, _, _ = undisturbed
+    lines = read_curves(Folder.at(folder))
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, 13))
+    for line in trained:
+        shares = [value for name, value in line.items() if name.startswith("share_")]
+        assert 0.5 < sum(shares) <= 1.01, "the parts of a step make up its time"
+        assert 0 <= line["padding"] < 0.5
+    picture = draw_curves(lines, "P@1")
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 13))
+    assert len(board.Scalars("P@1")) == 2
+
+
+def test_it_stops_early_where_nothing_gets_better(tiny_corpus: Path, tmp_path: Path) -> None:
+    overrides = [
+        "cluster.workers=1",
+        "training.epochs=30",
+        "training.learning_rate=1e-9",
+        "training.evaluation={every: 1, holdout: 0.2, patience: 2}",
+    ]
+    loop, state = run(tiny_corpus, tmp_path, overrides)
+    assert state.finished
+    assert state.step == 3 * loop.sampler.steps, "the first is the best, and two are no better"
+    assert state.best_step == loop.sampler.steps
+    assert run(tiny_corpus, tmp_path, overrides)[1] == state, "and stays stopped"
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path: Path) -> None:
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), ["cluster.workers=1", "cluster.checkpoint_every=2"])
+    encoder = make_encoder(recipe, torch.device("cpu"))
+
+    def poison(step: int, figures: dict[str, float]) -> None:
+        weight = next(encoder.parameters())
+        if step == 3 and where == "loss":
+            weight.data.fill_(np.nan)
+        elif step == 3:
+            weight.register_hook(lambda gradient: gradient * np.inf)
+
+    loop = Loop(recipe, training_data(recipe, read_corpus(tiny_corpus), encoder), encoder, Folder.at(tmp_path), poison)
+    with pytest.raises(NonFiniteLossError) as error:
+        loop.run()
+    said = str(error.value)
+    assert "in step 4" in said
+    assert json.dumps(loop.sampler.rows(0, 3).tolist()) in said, "the rows of the batch"
+    assert str(tmp_path / "checkpoints/step-00000002") in said, "the last good checkpoint"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"], "and no other"
+
+
+def test_a_compiled_encoder_trains_alike(tiny_corpus: Path, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    once = ["cluster.workers=1", "training.epochs=1", "training.batch_size=80"]
+    run(tiny_corpus, tmp_path / "plain", once)
+    run(tiny_corpus, tmp_path / "compiled", [*once, "training.compile=true"])
+    losses = [[line["loss"] for line in read_curves(Folder.at(tmp_path / name))] for name in ("plain", "compiled")]
+    assert len(losses[0]) > 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -1,0 +1,73 @@
+"""A training prints its plan first, and what cannot work is refused at once, with the remedy."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny_settings
+from helpers import MODEL
+
+from raexmc_ray.corpus import read_corpus
+from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.recipe import Recipe
+from raexmc_ray.train.plan import Plan, worker_bytes
+from raexmc_ray.train.trainer import train
+
+
+def test_the_plan_has_every_number(tiny_corpus: Path, tmp_path: Path) -> None:
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), ["training.mining.labels=2", "training.epochs=9"])
+    said = str(Plan(recipe, instances=240, steps_an_epoch=7, parameters=13_700_000, memory_bytes=3 << 30))
+    for part in ("2 with 1 CPU", "32 instances", "16 a worker", "63: 9 epochs of 7", "240 instances", "13.7 million",
+                 "3.0 GiB", "decoupled", "2 mined labels"):  # fmt: skip
+        assert part in said, part
+
+
+def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path: Path) -> None:
+    encoder = TextEncoder.load(MODEL, layers=2)
+
+    def estimate(*overrides: str) -> int:
+        return worker_bytes(encoder, Recipe.parse(tiny_settings(tiny_corpus, tmp_path), list(overrides)))
+
+    plain, cached = estimate("training.batch_size=4096"), estimate(
+        "training.batch_size=4096", "training.gradient_cache=true"
+    )  # fmt: skip
+    assert cached < plain / 3
+    assert estimate("training.batch_size=4096", "cluster.workers=4", "cluster.cpus_per_worker=1") < plain
+    assert estimate("training.batch_size=4096", "training.gradient_cache=true", "training.chunk_size=128") > cached
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["cluster.gpu=true"], r"wants 2 GPUs \(2 workers\), and the cluster has 0: .*cluster\.gpu=false"),
+        (["cluster.cpus_per_worker=64"], r"wants 128 CPUs .* the cluster has 4: .*cluster\.cpus_per_worker"),
+        (["encoder.model=/no/such/model"], r"encoder\.model is /no/such/model, and there is no model there"),
+        (["encoder.layers=40"], r"encoder\.layers is 40"),
+        (["training.batch_size=10000"], r"only 240 training instances have a label: make the batch smaller"),
+        (["cluster.storage=/proc/nowhere"], r"cluster\.storage is /proc/nowhere, and it cannot be written to"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    overrides: list[str], says: str, ray_cluster: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), overrides)
+    corpus = read_corpus(recipe.corpus.path)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=says):
+        train(recipe, corpus)
+    assert time.monotonic() - started < 20, "before any worker is started"
+
+
+@pytest.mark.ray
+def test_a_run_prints_its_plan_and_its_hours(
+    ray_cluster: str, tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path, workers=1), ["training.mining.batches=neighbours"])
+    with caplog.at_level(logging.INFO, "raexmc_ray"):
+        train(recipe, read_corpus(recipe.corpus.path))
+    assert "steps       14: 2 epochs of 7, over 240 instances" in caplog.text
+    assert "hours more, at" in caplog.text
