@@ -4,9 +4,14 @@ For query i with positive label p, similarities s divided by the temperature τ:
 
     L_ip = −s(x_i,z_p) + log( e^{s(x_i,z_p)} + Σ_{l: y_il=0} e^{s(x_i,z_l)} + Σ_{j≠i, y_i∩y_j=∅} e^{s(x_i,x_j)} )
 
-The loss is the mean over i of the mean over its positives. `contrastive_loss` computes it with full masks;
-`loss_and_gradients` takes the same loss, and its gradients, in blocks of queries, so that its memory does not grow
-with the square of the batch.
+The loss is the mean over i of the mean over its positives.
+
+Beyond METHOD.md, instances that share a label with i can be positives, too, with a weight w: the same term, with
+s(x_i,x_j) in place of s(x_i,z_p), averaged over the batch's instances j ≠ i with y_i∩y_j≠∅, is added w times. In
+prediction such an instance's key votes for a right label, so it should be near.
+
+`contrastive_loss` computes it with full masks; `loss_and_gradients` takes the same loss, and its gradients, in
+blocks of queries, so that its memory does not grow with the square of the batch.
 """
 
 from __future__ import annotations
@@ -59,6 +64,7 @@ def loss_and_gradients(
     *,
     temperature: float,
     decoupled: bool = True,
+    shared_weight: float = 0.0,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """The sum over the queries of their losses, times `scale`, and its gradients in the three arrays.
@@ -90,6 +96,7 @@ def loss_and_gradients(
             own_B=masks.own[start:stop],
             temperature=temperature,
             decoupled=decoupled,
+            shared_weight=shared_weight,
         )
         loss = loss_B.sum() * scale
         loss.backward()  # type: ignore[no-untyped-call]
@@ -111,6 +118,7 @@ def contrastive_loss(
     own_B: torch.Tensor,
     temperature: float,
     decoupled: bool = True,
+    shared_weight: float = 0.0,
 ) -> torch.Tensor:
     """The loss of each of B queries against C labels and N instances: [B], differentiable in all embeddings.
 
@@ -121,6 +129,7 @@ def contrastive_loss(
     own_B: int64; the place of each query among the instances: its own key is masked.
     decoupled: False gives the plain softmax (InfoNCE), in whose denominator every label and every other
         instance stands.
+    shared_weight: w, of the instances that share a label as positives; at 0 they are only masked.
     """
     B, C = len(queries_BD), len(labels_CD)
     if positive_BC.shape != (B, C) or known_BC.shape != (B, C):
@@ -128,6 +137,7 @@ def contrastive_loss(
     to_labels_BC = queries_BD @ labels_CD.T / temperature
     # A finite stand-in for −∞: its exponential is 0 too, but the gradient of an empty sum is 0, not NaN.
     masked = torch.finfo(to_labels_BC.dtype).min / 4
+    positive_BN = None
     denominator = [to_labels_BC.masked_fill(known_BC | positive_BC, masked) if decoupled else to_labels_BC]
     if instances_ND is not None:
         if shared_BN is None or shared_BN.shape != (B, len(instances_ND)):
@@ -135,9 +145,16 @@ def contrastive_loss(
         own_BN = F.one_hot(own_B, len(instances_ND)).bool()
         to_instances_BN = queries_BD @ instances_ND.T / temperature
         denominator.append(to_instances_BN.masked_fill((shared_BN | own_BN) if decoupled else own_BN, masked))
+        positive_BN = shared_BN & ~own_BN
     log_denominator_B1 = torch.logsumexp(torch.cat(denominator, dim=1), dim=1, keepdim=True)
-    margin_BC = log_denominator_B1 - to_labels_BC
-    # log(e^s + e^n) − s = softplus(n − s). The plain softmax has its positive in the denominator already.
-    loss_BC = F.softplus(margin_BC) if decoupled else margin_BC
-    positives_B = positive_BC.sum(1)
-    return loss_BC.where(positive_BC, 0.0).sum(1) / positives_B
+
+    def mean_over(positive: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+        # log(e^s + e^n) − s = softplus(n − s). The plain softmax has its positive in the denominator already.
+        margin = log_denominator_B1 - similarity
+        loss = F.softplus(margin) if decoupled else margin
+        return loss.where(positive, 0.0).sum(1) / positive.sum(1).clamp(min=1)
+
+    loss_B = mean_over(positive_BC, to_labels_BC)
+    if shared_weight and positive_BN is not None:
+        loss_B = loss_B + shared_weight * mean_over(positive_BN, to_instances_BN)
+    return loss_B

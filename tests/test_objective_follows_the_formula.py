@@ -21,28 +21,36 @@ def unit(rng: np.random.Generator, rows: int, d: int = 5) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(rows, d))), dim=1)
 
 
-def naive(q, z, x, y, positive, share, own, tau, decoupled):
+def naive(q, z, x, y, positive, share, own, tau, decoupled, weight):
     """METHOD.md in plain loops; `share[i, j]`: y_i and y_j meet."""
     total = 0.0
     for i in range(len(q)):
-        terms = []
-        for p in np.flatnonzero(positive[i]):
-            s = lambda v: float(q[i] @ v) / tau  # noqa: B023, E731
-            summed = np.exp(s(z[p]))
-            for label in range(len(z)):
-                if label != p and (not decoupled or not y[i, label]):
-                    summed += np.exp(s(z[label]))
-            for j in range(len(x) if x is not None else 0):
-                if j != own[i] and (not decoupled or not share[i, j]):
-                    summed += np.exp(s(x[j]))
-            terms.append(-s(z[p]) + np.log(summed))
-        total += np.mean(terms)
+        s = lambda v: float(q[i] @ v) / tau  # noqa: B023, E731
+        instances = range(len(x) if x is not None else 0)
+        wrong = [s(z[label]) for label in range(len(z)) if not decoupled or not y[i, label]]
+        wrong += [s(x[j]) for j in instances if j != own[i] and (not decoupled or not share[i, j])]
+        # Decoupled, a positive joins the wrong ones; the plain softmax has all of them in its sum anyway.
+        term = lambda v: -s(v) + np.log(np.exp(wrong).sum() + (np.exp(s(v)) if decoupled else 0))  # noqa: B023, E731
+        total += np.mean([term(z[p]) for p in np.flatnonzero(positive[i])])
+        friends = [j for j in instances if j != own[i] and share[i, j]]
+        if friends:
+            total += weight * np.mean([term(x[j]) for j in friends])
     return total / len(q)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 6), st.booleans(), st.booleans(), st.booleans())
-def test_loss_equals_the_formula(seed: int, B: int, C: int, decoupled: bool, instances: bool, in_batch: bool) -> None:
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.5]),
+)
+def test_loss_equals_the_formula(
+    seed: int, B: int, C: int, decoupled: bool, instances: bool, in_batch: bool, weight: float
+) -> None:
     rng = np.random.default_rng(seed)
     q, z = unit(rng, B), unit(rng, C)
     others = unit(rng, 3)
@@ -65,8 +73,11 @@ def test_loss_equals_the_formula(seed: int, B: int, C: int, decoupled: bool, ins
         own_B=torch.from_numpy(own),
         temperature=0.3,
         decoupled=decoupled,
+        shared_weight=weight,
     )
-    assert loss.mean().item() == pytest.approx(naive(q, z, x, y, positive, share, own, 0.3, decoupled), rel=1e-9)
+    assert loss.mean().item() == pytest.approx(
+        naive(q, z, x, y, positive, share, own, 0.3, decoupled, weight), rel=1e-9
+    )
 
 
 def test_without_negatives_the_loss_is_zero_and_its_gradient_finite() -> None:

@@ -103,6 +103,7 @@ def accumulate_gradients(
             prepared.masks,
             temperature=settings.temperature,
             decoupled=settings.objective.kind == "decoupled",
+            shared_weight=settings.objective.shared_weight,
             scale=1 / len(prepared.batch.rows_B),
         )
     with meter("communication"):
