@@ -43,6 +43,15 @@ def below(what: str, figure: float, limit: float) -> dict[str, Any]:
     return {"what": what, "figure": round(figure, 4), "target": f"< {limit:.4f}", "holds": figure < limit}
 
 
+def print_targets(figures: dict[str, Any], targets: list[dict[str, Any]]) -> None:
+    """Figures and verdicts, for people."""
+    for name, value in figures.items():
+        print(f"{name}: {json.dumps(value)}")
+    for target in targets:
+        verdict = "holds" if target["holds"] else "FALLS SHORT"
+        print(f"{verdict:>12}  {target['what']}: {target['figure']} {target['target']}")
+
+
 def _machine() -> dict[str, Any]:
     model = next(
         (

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from _result import at_least, below, write_result
+from _training import LAMBDAS, TEMPERATURES, choose
 
 from raexmc_ray.cluster import connected
 from raexmc_ray.corpus import read_corpus
@@ -26,14 +27,6 @@ from raexmc_ray.train.trainer import train
 
 RECIPE = Path(__file__).parent.parent / "jobs/recipes/debian_related.yaml"
 TARGETS = {"P@1": 50.5, "P@5": 20.3, "PSP@1": 34.0, "PSP@5": 38.5, "R@10": 61.0}
-LAMBDAS = (0.3, 0.4, 0.5, 0.6, 0.7)
-TEMPERATURES = (0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15)
-
-
-def choose(swept: dict[tuple[float, float], dict[str, float]]) -> tuple[float, float]:
-    """(λ, τ) with the best mean of the five figures, each relative to its best over the sweep."""
-    best = {name: max(figures[name] for figures in swept.values()) for name in TARGETS}
-    return max(swept, key=lambda s: sum(swept[s][name] / best[name] for name in TARGETS))
 
 
 def trained_memory(recipe: Recipe) -> tuple[Memory, dict[str, float]]:

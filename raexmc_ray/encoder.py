@@ -163,11 +163,15 @@ class TextEncoder(nn.Module):
         """The tokenizer, cutting included, as `tokenizers.Tokenizer.from_str` reads it."""
         return self._backend.to_str()
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Embeddings float32 [n, d], of unit length, of token ids int64 [n, longest] under an attention mask."""
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, words: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings float32 [n, d], of unit length, of token ids int64 [n, longest] under an attention mask.
+
+        words: word embeddings [w, d] in place of the tower's own; then `ids` are places among them.
+        """
         reduced = self.compute_dtype != torch.float32
+        given = {"input_ids": ids} if words is None else {"inputs_embeds": nn.functional.embedding(ids, words)}
         with torch.autocast(ids.device.type, self.compute_dtype, enabled=reduced):
-            states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+            states = self.model(**given, attention_mask=mask).last_hidden_state.float()
         weights = mask.unsqueeze(-1).to(states.dtype)
         mean = (states * weights).sum(1) / weights.sum(1)
         return nn.functional.normalize(mean, dim=-1)
@@ -186,6 +190,11 @@ class TextEncoder(nn.Module):
             on_device = chunk.to(self.device)
             embeddings[on_device.rows] = self(on_device.ids, on_device.mask)
         return embeddings
+
+    @property
+    def words(self) -> nn.Parameter:
+        """The word embeddings [vocabulary, d]."""
+        return self.model.get_input_embeddings().weight  # type: ignore[operator]
 
     def compile_tower(self) -> None:
         """Compile the transformer in place, for any number and length of texts."""

@@ -6,9 +6,9 @@ For query i with positive label p, similarities s divided by the temperature τ:
 
 The loss is the mean over i of the mean over its positives.
 
-Beyond METHOD.md, instances that share a label with i can be positives, too, with a weight w: the same term, with
-s(x_i,x_j) in place of s(x_i,z_p), averaged over the batch's instances j ≠ i with y_i∩y_j≠∅, is added w times. In
-prediction such an instance's key votes for a right label, so it should be near.
+Beyond METHOD.md, the instances that share a label with i need not be masked: with `votes`, e^{s(x_i,z_p)} becomes
+e^{s(x_i,z_p)} + Σ_{j≠i, y_jp=1} e^{s(x_i,x_j)}, the sum over all keys of the in-batch memory that vote for p. L_ip is
+then the negative log-likelihood of p under the prediction itself, with λ = 1/2, its own key left out.
 
 `contrastive_loss` computes it with full masks; `loss_and_gradients` takes the same loss, and its gradients, in
 blocks of queries, so that its memory does not grow with the square of the batch.
@@ -48,12 +48,14 @@ class Masks:
 
     positive: the positives that count, one or more a query. known: every label known to fit the query in the full
     training relevance. shared: instances that share a label with it. own: int64 [B], its place among the instances.
+    votes: sparse float [C, N], 1 where an instance has a label, or None where only labels vote.
     """
 
     positive: PairMask
     known: PairMask
     shared: PairMask
     own: torch.Tensor
+    votes: torch.Tensor | None = None
 
 
 def loss_and_gradients(
@@ -64,7 +66,6 @@ def loss_and_gradients(
     *,
     temperature: float,
     decoupled: bool = True,
-    shared_weight: float = 0.0,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """The sum over the queries of their losses, times `scale`, and its gradients in the three arrays.
@@ -96,7 +97,7 @@ def loss_and_gradients(
             own_B=masks.own[start:stop],
             temperature=temperature,
             decoupled=decoupled,
-            shared_weight=shared_weight,
+            votes_CN=masks.votes,
         )
         loss = loss_B.sum() * scale
         loss.backward()  # type: ignore[no-untyped-call]
@@ -118,7 +119,7 @@ def contrastive_loss(
     own_B: torch.Tensor,
     temperature: float,
     decoupled: bool = True,
-    shared_weight: float = 0.0,
+    votes_CN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss of each of B queries against C labels and N instances: [B], differentiable in all embeddings.
 
@@ -129,7 +130,7 @@ def contrastive_loss(
     own_B: int64; the place of each query among the instances: its own key is masked.
     decoupled: False gives the plain softmax (InfoNCE), in whose denominator every label and every other
         instance stands.
-    shared_weight: w, of the instances that share a label as positives; at 0 they are only masked.
+    votes_CN: sparse float, 1 where an instance has a label: its key then counts for that label, too.
     """
     B, C = len(queries_BD), len(labels_CD)
     if positive_BC.shape != (B, C) or known_BC.shape != (B, C):
@@ -137,7 +138,7 @@ def contrastive_loss(
     to_labels_BC = queries_BD @ labels_CD.T / temperature
     # A finite stand-in for −∞: its exponential is 0 too, but the gradient of an empty sum is 0, not NaN.
     masked = torch.finfo(to_labels_BC.dtype).min / 4
-    positive_BN = None
+    log_mass_BC = to_labels_BC
     denominator = [to_labels_BC.masked_fill(known_BC | positive_BC, masked) if decoupled else to_labels_BC]
     if instances_ND is not None:
         if shared_BN is None or shared_BN.shape != (B, len(instances_ND)):
@@ -145,16 +146,19 @@ def contrastive_loss(
         own_BN = F.one_hot(own_B, len(instances_ND)).bool()
         to_instances_BN = queries_BD @ instances_ND.T / temperature
         denominator.append(to_instances_BN.masked_fill((shared_BN | own_BN) if decoupled else own_BN, masked))
-        positive_BN = shared_BN & ~own_BN
+        if votes_CN is not None:
+            to_others_BN = to_instances_BN.masked_fill(own_BN, masked)
+            log_mass_BC = torch.logaddexp(to_labels_BC, _log_votes(to_others_BN, votes_CN))
     log_denominator_B1 = torch.logsumexp(torch.cat(denominator, dim=1), dim=1, keepdim=True)
+    margin_BC = log_denominator_B1 - log_mass_BC
+    # log(e^s + e^n) − s = softplus(n − s). The plain softmax has its positive in the denominator already.
+    loss_BC = F.softplus(margin_BC) if decoupled else margin_BC
+    return loss_BC.where(positive_BC, 0.0).sum(1) / positive_BC.sum(1)
 
-    def mean_over(positive: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
-        # log(e^s + e^n) − s = softplus(n − s). The plain softmax has its positive in the denominator already.
-        margin = log_denominator_B1 - similarity
-        loss = F.softplus(margin) if decoupled else margin
-        return loss.where(positive, 0.0).sum(1) / positive.sum(1).clamp(min=1)
 
-    loss_B = mean_over(positive_BC, to_labels_BC)
-    if shared_weight and positive_BN is not None:
-        loss_B = loss_B + shared_weight * mean_over(positive_BN, to_instances_BN)
-    return loss_B
+def _log_votes(to_instances_BN: torch.Tensor, votes_CN: torch.Tensor) -> torch.Tensor:
+    """[B, C]: log of the sum of e^similarity over the instances that have each label; about −87 below the largest
+    similarity where there is none."""
+    highest_B1 = to_instances_BN.detach().amax(1, keepdim=True)
+    voted_CB = torch.sparse.mm(votes_CN, torch.exp(to_instances_BN - highest_B1).T)
+    return torch.log(voted_CB.T.clamp(min=torch.finfo(voted_CB.dtype).tiny)) + highest_B1

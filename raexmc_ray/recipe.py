@@ -66,14 +66,14 @@ class ObjectiveSection(Section):
     """Whether the batch's other instances are negatives too; `none` is the plain dual encoder."""
     positives: Literal["drawn", "in_batch"] = "in_batch"
     """Which labels count as positives: the drawn ones, or every label of the batch known to be one."""
-    shared_weight: float = Field(0.0, ge=0)
-    """Weight of the batch's instances that share a label with a query as its positives, too; at 0 they are masked
-    (METHOD). Their keys vote for right labels, and batches of neighbours bring them together."""
+    shared: Literal["masked", "voting"] = "masked"
+    """What the batch's instances are that share a label with a query: neither positive nor negative (METHOD), or keys
+    that vote for the label, as they do in prediction. Batches of neighbours bring them together."""
 
     @model_validator(mode="after")
     def _shared_instances_are_there(self) -> Self:
-        if self.shared_weight and self.instances == "none":
-            raise ValueError("shared_weight needs the batch's instances: set instances to in_batch, or the weight to 0")
+        if self.shared == "voting" and self.instances == "none":
+            raise ValueError("shared: voting needs the batch's instances: set instances to in_batch")
         return self
 
 

@@ -21,20 +21,20 @@ def unit(rng: np.random.Generator, rows: int, d: int = 5) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(rows, d))), dim=1)
 
 
-def naive(q, z, x, y, positive, share, own, tau, decoupled, weight):
+def naive(q, z, x, y, positive, share, own, tau, decoupled, votes):
     """METHOD.md in plain loops; `share[i, j]`: y_i and y_j meet."""
     total = 0.0
     for i in range(len(q)):
         s = lambda v: float(q[i] @ v) / tau  # noqa: B023, E731
         instances = range(len(x) if x is not None else 0)
+        terms = []
         wrong = [s(z[label]) for label in range(len(z)) if not decoupled or not y[i, label]]
         wrong += [s(x[j]) for j in instances if j != own[i] and (not decoupled or not share[i, j])]
-        # Decoupled, a positive joins the wrong ones; the plain softmax has all of them in its sum anyway.
-        term = lambda v: -s(v) + np.log(np.exp(wrong).sum() + (np.exp(s(v)) if decoupled else 0))  # noqa: B023, E731
-        total += np.mean([term(z[p]) for p in np.flatnonzero(positive[i])])
-        friends = [j for j in instances if j != own[i] and share[i, j]]
-        if friends:
-            total += weight * np.mean([term(x[j]) for j in friends])
+        for p in np.flatnonzero(positive[i]):
+            mass = np.exp(s(z[p])) + sum(np.exp(s(x[j])) for j in instances if j != own[i] and votes and votes[p][j])
+            # Decoupled, a positive joins the wrong ones; the plain softmax has all of them in its sum anyway.
+            terms.append(-np.log(mass) + np.log(np.exp(wrong).sum() + (mass if decoupled else 0)))
+        total += np.mean(terms)
     return total / len(q)
 
 
@@ -49,7 +49,7 @@ def naive(q, z, x, y, positive, share, own, tau, decoupled, weight):
     st.sampled_from([0.0, 0.5]),
 )
 def test_loss_equals_the_formula(
-    seed: int, B: int, C: int, decoupled: bool, instances: bool, in_batch: bool, weight: float
+    seed: int, B: int, C: int, decoupled: bool, instances: bool, in_batch: bool, voting: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     q, z = unit(rng, B), unit(rng, C)
@@ -61,6 +61,7 @@ def test_loss_equals_the_formula(
     y |= drawn
     positive = y if in_batch else drawn
     share = rng.random((B, B + 3)) < 0.3
+    has = rng.random((C, B + 3)) < 0.4
     own = np.arange(B) + 3
     share[np.arange(B), own] = True
     loss = contrastive_loss(
@@ -73,10 +74,10 @@ def test_loss_equals_the_formula(
         own_B=torch.from_numpy(own),
         temperature=0.3,
         decoupled=decoupled,
-        shared_weight=weight,
+        votes_CN=torch.from_numpy(has.astype(float)).to_sparse() if voting else None,
     )
     assert loss.mean().item() == pytest.approx(
-        naive(q, z, x, y, positive, share, own, 0.3, decoupled, weight), rel=1e-9
+        naive(q, z, x, y, positive, share, own, 0.3, decoupled, has.tolist() if voting else None), rel=1e-9
     )
 
 

@@ -59,7 +59,9 @@ def test_loss_and_gradients(ranks: int, cached: bool, tmp_path: Path) -> None:
         assert_same(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("objective", [{"instances": "none"}, {"kind": "softmax"}, {"positives": "drawn"}])
+@pytest.mark.parametrize(
+    "objective", [{"instances": "none"}, {"kind": "softmax"}, {"positives": "drawn"}, {"shared": "voting"}]
+)
 def test_the_other_objectives(objective: dict, tmp_path: Path) -> None:
     expected = gradients(0, 1, {"objective": objective})
     for found in run_ranks(gradients, 2, tmp_path, {"objective": objective}):

@@ -37,7 +37,7 @@ def test_overrides_reach_any_depth() -> None:
         (SMALLEST, ["training.epochs=0"], "training.epochs"),
         (SMALLEST, ["training.learning_rate=.nan"], "training.learning_rate"),
         (SMALLEST, ["training.batch_size=33"], "multiple of cluster.workers"),
-        (SMALLEST, ["training.objective={instances: none, shared_weight: 1}"], "set instances to in_batch"),
+        (SMALLEST, ["training.objective={instances: none, shared: voting}"], "set instances to in_batch"),
         (SMALLEST, ["training.evaluation.metric=P@2"], "metric must be one of P@1, P@3"),
         (SMALLEST, ["prediction.lambda=1.1"], "prediction.lambda"),
         (SMALLEST, ["prediction.neighbours={joint: 5, labels: 5}"], "not both"),

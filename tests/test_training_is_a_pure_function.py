@@ -140,7 +140,7 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
         if step == 3 and where == "loss":
             weight.data.fill_(np.nan)
         elif step == 3:
-            weight.register_hook(lambda gradient: gradient * np.inf)
+            list(encoder.parameters())[-1].register_hook(lambda gradient: gradient * np.inf)
 
     loop = Loop(recipe, training_data(recipe, read_corpus(tiny_corpus), encoder), encoder, Folder.at(tmp_path), poison)
     with pytest.raises(NonFiniteLossError) as error:

@@ -47,7 +47,7 @@ class Batch:
     start, stop: this rank's queries are rows_B[start:stop]; row 0 of the pairs is the first of them.
     drawn, known: (query, column of labels_C); the positives drawn for the query, and all labels known to fit it in
         the full training relevance. shared: (query, column of rows_B), instances that share a label with it,
-        itself included.
+        itself included. votes: (label of labels_C, instance of rows_B), all that are known to fit each other.
     """
 
     rows_B: np.ndarray
@@ -57,6 +57,7 @@ class Batch:
     drawn: Pairs
     known: Pairs
     shared: Pairs
+    votes: Pairs
 
 
 class Sampler:
@@ -114,14 +115,16 @@ class Sampler:
         drawn = sp.csr_matrix(
             (np.ones(len(columns), bool), (drawn_rows[mine] - start, columns)), shape=(per_rank, len(labels_C))
         )
+        known = _known(relevance, labels_C)
         return Batch(
             rows_B,
             labels_C,
             start,
             stop,
             Pairs.of(drawn),
-            known=_known(relevance[start:stop], labels_C),
+            known=Pairs.of(known[start:stop]),
             shared=Pairs.of(relevance[start:stop] @ relevance.T),
+            votes=Pairs.of(known.T.tocsr()),
         )
 
     def rows(self, epoch: int, step: int) -> np.ndarray:
@@ -156,9 +159,11 @@ class Sampler:
         return labels[labels >= 0].astype(np.int64)
 
 
-def _known(relevance: sp.csr_matrix, labels_C: np.ndarray) -> Pairs:
-    """Pairs (row, column of labels_C) of the labels that `relevance` has; labels_C ascending."""
+def _known(relevance: sp.csr_matrix, labels_C: np.ndarray) -> sp.csr_matrix:
+    """CSR bool [rows, C]: the labels of labels_C (ascending) that `relevance` has."""
     at = np.searchsorted(labels_C, relevance.indices)
     found = labels_C[np.minimum(at, len(labels_C) - 1)] == relevance.indices
     kept = np.concatenate([[0], np.cumsum(found)])
-    return Pairs(kept[relevance.indptr].astype(np.int64), at[found].astype(np.int64))
+    columns = at[found]
+    shape = (relevance.shape[0], len(labels_C))
+    return sp.csr_matrix((np.ones(len(columns), bool), columns, kept[relevance.indptr]), shape=shape)

@@ -26,12 +26,14 @@ from raexmc_ray.train.sampler import Batch, Pairs
 class Prepared:
     """A batch as one rank's device needs it.
 
-    chunks: this rank's instances, then its part of the labels. instances, labels: how many of each. seed: what
-    the dropout of chunk i follows from is (seed, i), so that a chunk can be encoded again.
+    chunks: this rank's instances, then its part of the labels; their ids are places in `words`. words: int64, the
+    distinct tokens of these texts. instances, labels: how many of each. seed: what the dropout of chunk i follows
+    from is seed + i, so that a chunk can be encoded again.
     """
 
     batch: Batch
     chunks: list[Chunk]
+    words: torch.Tensor
     instances: int
     labels: int
     masks: Masks
@@ -68,16 +70,18 @@ def prepare(
     rows = batch.rows_B[batch.start : batch.stop]
     tokens = concatenate(instance_tokens.take(rows), label_tokens.take(labels))
     pin, device = encoder.device.type == "cuda", encoder.device
-    chunks = [chunk.pin() if pin else chunk for chunk in encoder.chunks(tokens, settings.chunk_size)]
+    words, chunks = _distinct_words(encoder.chunks(tokens, settings.chunk_size))
+    chunks = [chunk.pin() if pin else chunk for chunk in chunks]
     positive = batch.drawn if settings.objective.positives == "drawn" else batch.known
     masks = Masks(
         _mask(positive, device),
         _mask(batch.known, device),
         _mask(batch.shared, device),
         torch.arange(batch.start, batch.stop, device=device),
+        _votes(batch, device) if settings.objective.shared == "voting" else None,
     )
     seed = int(np.random.SeedSequence([settings.seed, *place, rank]).generate_state(1)[0])
-    return Prepared(batch, chunks, len(rows), len(labels), masks, seed)
+    return Prepared(batch, chunks, words.to(device), len(rows), len(labels), masks, seed)
 
 
 def accumulate_gradients(
@@ -89,7 +93,10 @@ def accumulate_gradients(
     """
     meter = meter or Meter(encoder.device)
     with meter("forward"):
-        embeddings, graphs = _embed(encoder, prepared, keep_all=not settings.gradient_cache)
+        # Every chunk's backward would fill and add a gradient of the whole vocabulary: the words of the batch are
+        # looked up once instead, and their gradient goes to its place once.
+        words = encoder.words.detach()[prepared.words].requires_grad_()
+        embeddings, graphs = _embed(encoder, prepared, words, keep_all=not settings.gradient_cache)
     with meter("communication"):
         queries_BD, part_CD = embeddings[: prepared.instances], embeddings[prepared.instances :]
         all_labels = gather(part_CD)  # the repeated ones at its end included
@@ -103,7 +110,6 @@ def accumulate_gradients(
             prepared.masks,
             temperature=settings.temperature,
             decoupled=settings.objective.kind == "decoupled",
-            shared_weight=settings.objective.shared_weight,
             scale=1 / len(prepared.batch.rows_B),
         )
     with meter("communication"):
@@ -114,14 +120,18 @@ def accumulate_gradients(
         repeated = len(all_labels) - len(to_labels)
         gradient[prepared.instances :] = reduce_scatter(nn.functional.pad(to_labels, (0, 0, 0, repeated)))
     with meter("backward"):
-        _carry_back(encoder, prepared, graphs, gradient)
+        _carry_back(encoder, prepared, words, graphs, gradient)
+        assert words.grad is not None
+        if encoder.words.grad is None:
+            encoder.words.grad = torch.zeros_like(encoder.words)
+        encoder.words.grad.index_add_(0, prepared.words, words.grad)
     with meter("communication"):
         sum_over_ranks([loss, *(p.grad for p in encoder.parameters() if p.grad is not None)])
     return loss
 
 
 def _embed(
-    encoder: TextEncoder, prepared: Prepared, keep_all: bool
+    encoder: TextEncoder, prepared: Prepared, words: torch.Tensor, keep_all: bool
 ) -> tuple[torch.Tensor, list[tuple[Chunk, torch.Tensor | None]]]:
     """Embeddings [texts, d] without a graph, and of each chunk those with a graph: of all chunks, or, to save
     memory, only of the last one, which is carried back first."""
@@ -131,7 +141,7 @@ def _embed(
         on_device = chunk.to(encoder.device)
         keep = keep_all or i + 1 == len(prepared.chunks)
         with torch.set_grad_enabled(keep):
-            part = _forward(encoder, on_device, prepared.seed + i)
+            part = _forward(encoder, on_device, words, prepared.seed + i)
         embeddings[on_device.rows] = part.detach()
         graphs.append((on_device, part if keep else None))
     return embeddings, graphs
@@ -140,6 +150,7 @@ def _embed(
 def _carry_back(
     encoder: TextEncoder,
     prepared: Prepared,
+    words: torch.Tensor,
     graphs: list[tuple[Chunk, torch.Tensor | None]],
     gradient: torch.Tensor,
 ) -> None:
@@ -147,17 +158,35 @@ def _carry_back(
     for i in reversed(range(len(graphs))):
         chunk, part = graphs.pop()
         if part is None:
-            part = _forward(encoder, chunk, prepared.seed + i)
+            part = _forward(encoder, chunk, words, prepared.seed + i)
         part.backward(gradient[chunk.rows])  # type: ignore[no-untyped-call]
 
 
-def _forward(encoder: TextEncoder, chunk: Chunk, seed: int) -> torch.Tensor:
+def _forward(encoder: TextEncoder, chunk: Chunk, words: torch.Tensor, seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
-    return encoder(chunk.ids, chunk.mask)
+    return encoder(chunk.ids, chunk.mask, words)
+
+
+def _distinct_words(chunks: list[Chunk]) -> tuple[torch.Tensor, list[Chunk]]:
+    """The distinct token ids of all chunks, and the chunks with places among them for ids."""
+    words, places = torch.unique(torch.cat([chunk.ids.ravel() for chunk in chunks]), return_inverse=True)
+    parts = torch.split(places, [chunk.ids.numel() for chunk in chunks])
+    return words, [Chunk(c.rows, part.view_as(c.ids), c.mask) for c, part in zip(chunks, parts, strict=True)]
 
 
 def _mask(pairs: Pairs, device: torch.device) -> PairMask:
     return PairMask(torch.from_numpy(pairs.offsets), torch.from_numpy(pairs.columns).to(device))
+
+
+def _votes(batch: Batch, device: torch.device) -> torch.Tensor:
+    """Sparse float [C, B]: which instances of the batch have which of its labels."""
+    votes = batch.votes
+    labels = np.repeat(np.arange(len(batch.labels_C)), np.diff(votes.offsets))
+    shape = (len(batch.labels_C), len(batch.rows_B))
+    places = torch.from_numpy(np.stack([labels, votes.columns]))
+    return torch.sparse_coo_tensor(places, torch.ones(len(labels)), shape, is_coalesced=True, check_invariants=True).to(
+        device
+    )
 
 
 def concatenate(first: Tokens, second: Tokens) -> Tokens:

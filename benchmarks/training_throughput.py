@@ -1,0 +1,91 @@
+"""The whole trainer with one worker against a bare PyTorch loop: same model, batches, precision and threads.
+
+The bare loop has its batches ready in memory, cut into the same chunks of nearly equal length, and does nothing but
+forward, loss, backward and AdamW: no Ray, no sampler, no masks, no checks, no curves. It runs before, between and
+after the two trainings: each is compared with the mean of its two neighbours, as the machine's speed drifts. `plain` is
+what one would write at first: instances and labels each padded to the longest of the batch.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from _result import at_least, print_targets, write_result
+from _training import RECIPE, WARM_UP, cut, trainer_rate
+
+from raexmc_ray.cluster import connected
+from raexmc_ray.corpus import read_corpus
+from raexmc_ray.recipe import Recipe
+from raexmc_ray.train.sampler import Sampler
+from raexmc_ray.train.step import concatenate, make_optimizer
+from raexmc_ray.train.worker import make_encoder
+
+STEPS = 25
+ONE_WORKER = ["training.epochs=1", "cluster.workers=1", "cluster.cpus_per_worker=2"]
+
+
+def bare_loop(in_chunks: bool) -> float:
+    """Texts a second of a loop that only trains."""
+    recipe = Recipe.load(RECIPE, ONE_WORKER)
+    settings = recipe.training
+    corpus = cut(read_corpus(recipe.corpus.path, recipe.corpus.fields))
+    encoder = make_encoder(recipe, torch.device("cpu")).train()
+    texts, labels = (encoder.tokenize(t["text"].to_pylist()) for t in (corpus.train.texts, corpus.labels))
+    sampler = Sampler(corpus.train.relevance, settings.batch_size, 1, 0)
+    optimizer = make_optimizer(encoder, settings)
+    batches = []
+    for step in range(STEPS):
+        batch = sampler.batch(0, step)
+        parts = texts.take(batch.rows_B), labels.take(batch.labels_C)
+        size = settings.chunk_size
+        chunks = encoder.chunks(concatenate(*parts), size) if in_chunks else [
+            encoder.chunks(part, settings.batch_size)[0] for part in parts
+        ]  # fmt: skip
+        columns = np.full(len(batch.rows_B), -1)
+        columns[np.repeat(np.arange(len(columns)), np.diff(batch.drawn.offsets))] = batch.drawn.columns
+        batches.append((chunks, torch.from_numpy(columns)))
+    ended = []
+    for chunks, drawn in batches:
+        embeddings = torch.cat([encoder(chunk.ids, chunk.mask) for chunk in chunks])
+        if in_chunks:
+            embeddings = embeddings[torch.argsort(torch.cat([chunk.rows for chunk in chunks]))]
+        B = len(drawn)
+        scores = embeddings[:B] @ embeddings.T / settings.temperature
+        scores = scores.masked_fill(torch.nn.functional.one_hot(torch.arange(B), len(embeddings)).bool(), -1e4)
+        loss = torch.nn.functional.cross_entropy(scores, drawn + B)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ended.append(time.perf_counter())
+    return settings.batch_size * (len(ended) - WARM_UP) / (ended[-1] - ended[WARM_UP - 1])
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    plain, first = bare_loop(False), bare_loop(True)
+    with connected():
+        trainer = trainer_rate("throughput", ONE_WORKER)
+    second = bare_loop(True)
+    with connected():
+        cached = trainer_rate("throughput-cached", [*ONE_WORKER, "training.gradient_cache=true"])
+    third = bare_loop(True)
+    around_trainer, around_cached = (first + second) / 2, (second + third) / 2
+    figures = {
+        "bare_loop_texts_per_s": [round(rate, 1) for rate in (first, second, third)],
+        "plain_loop_texts_per_s": round(plain, 1),
+        "trainer": trainer,
+        "trainer_with_gradient_cache": cached,
+    }
+    targets = [
+        at_least("trainer / bare loop", trainer["texts_per_s"] / around_trainer, 0.95),
+        at_least("trainer with gradient cache / bare loop", cached["texts_per_s"] / around_cached, 0.75),
+        at_least("share of time not spent waiting for data", 1 - trainer["share_data"], 0.98),
+    ]
+    write_result("training_throughput", figures, targets)
+    print_targets(figures, targets)
+
+
+if __name__ == "__main__":
+    main()
