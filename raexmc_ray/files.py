@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.fs as pafs
+from pydantic import BaseModel, ConfigDict
 
 CHUNK_BYTES = 16 << 20
 
@@ -103,3 +104,16 @@ class Folder:
             while chunk := stream.read(CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
+
+
+class FileEntry(BaseModel):
+    """What a file must be: its bytes, and the sha256 over them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    size: int
+    sha256: str
+
+
+def describe_file(path: Path) -> FileEntry:
+    """What a local file is, for a manifest."""
+    return FileEntry(size=path.stat().st_size, sha256=Folder.at(path).sha256())

@@ -14,9 +14,9 @@ from helpers import MODEL, publish_keys, random_relevance, tiny_encoder, unit_ro
 import raexmc_ray
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder
+from raexmc_ray.files import Folder, describe_file
 from raexmc_ray.memory.shard import LocalShards
-from raexmc_ray.memory.snapshot import SnapshotError, describe_file, open_snapshot
+from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
 from raexmc_ray.recipe import MemorySection
 
 

@@ -7,12 +7,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.sparse as sp
+from helpers import corpus_of, tiny_encoder
 
 import raexmc_ray
 from raexmc_ray.corpus import Corpus, read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.snapshot import SnapshotError
+from raexmc_ray.memory.write import build_memory
 from raexmc_ray.recipe import MemorySection, PredictionSection
 
 SHARD = "segments/0000/shard-0001"
@@ -142,3 +146,11 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(memory: Path) -> None:
     (memory / "CURRENT").unlink()
     with pytest.raises(FileNotFoundError, match="raexmc build"):
         raexmc_ray.open(memory)
+
+
+def test_building_again_leaves_a_published_snapshot_alone(tmp_path: Path) -> None:
+    corpus, encoder = corpus_of(sp.csr_matrix(np.eye(3, dtype=np.float32))), tiny_encoder()
+    first = build_memory(corpus, encoder, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "snapshots").rglob("*") if path.is_file()}
+    assert build_memory(corpus, encoder, tmp_path) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "snapshots").rglob("*") if path.is_file()} == before

@@ -116,6 +116,14 @@ def test_the_curves_can_be_looked_at(undisturbed: tuple) -> None:
     assert len(board.Scalars("P@1")) == 2
 
 
+def test_what_no_run_can_go_on_from_is_deleted(tiny_corpus: Path, tmp_path: Path) -> None:
+    overrides = ["cluster.workers=1", "cluster.checkpoint_every=7", "cluster.checkpoints_kept=1", "training.epochs=4"]
+    run(tiny_corpus, tmp_path, [*overrides, "training.mining.batches=neighbours"])
+    kept = sorted(path.name for path in (tmp_path / "mined").iterdir())
+    assert "epoch-00000.safetensors" not in kept
+    assert "epoch-00003.safetensors" in kept
+
+
 def test_it_stops_early_where_nothing_gets_better(tiny_corpus: Path, tmp_path: Path) -> None:
     overrides = [
         "cluster.workers=1",
@@ -155,7 +163,7 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
 def test_a_compiled_encoder_trains_alike(tiny_corpus: Path, tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    once = ["cluster.workers=1", "training.epochs=1", "training.batch_size=80"]
+    once = ["cluster.workers=1", "training.epochs=1", "training.batch_size=80", "training.dropout=0"]
     run(tiny_corpus, tmp_path / "plain", once)
     run(tiny_corpus, tmp_path / "compiled", [*once, "training.compile=true"])
     losses = [[line["loss"] for line in read_curves(Folder.at(tmp_path / name))] for name in ("plain", "compiled")]

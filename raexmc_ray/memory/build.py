@@ -12,12 +12,15 @@ import ray
 
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.embed import embed_keys, read_shard
-from raexmc_ray.encoder import SETTINGS_FILE, TextEncoder
-from raexmc_ray.files import Folder
-from raexmc_ray.memory.snapshot import FileEntry, publish_current
+from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.files import FileEntry, Folder
+from raexmc_ray.memory.snapshot import publish_current
 from raexmc_ray.memory.write import SnapshotPlan, finish_snapshot, key_table, value_lists, write_shard
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
+
+STAGED = "staged"
+"""Written into the folder of a given encoder once all of it is there."""
 
 
 def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
@@ -65,8 +68,9 @@ def stage_encoder(recipe: Recipe, model: str) -> Folder:
     """Put any encoder (folder, hub name, `package:NAME`), cut as the recipe says, where every node sees it."""
     tower = TextEncoder.load(model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
     target = Folder.at(recipe.cluster.storage) / "encoders" / f"given-{tower.fingerprint[:16]}"
-    if (target / SETTINGS_FILE).size() is None:
+    if (target / STAGED).size() is None:
         with tempfile.TemporaryDirectory() as scratch:
             tower.save(scratch)
             target.upload(Path(scratch))
+        (target / STAGED).write(b"")
     return target

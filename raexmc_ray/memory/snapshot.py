@@ -27,7 +27,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder
+from raexmc_ray.files import FileEntry, Folder
 from raexmc_ray.recipe import PredictionSection
 
 FORMAT_VERSION = 1
@@ -38,14 +38,6 @@ ENCODER = "encoder"
 
 class SnapshotError(ValueError):
     """A memory that cannot be read: names the file, and what is wrong with it."""
-
-
-class FileEntry(BaseModel):
-    """What a file must be: its bytes, and the sha256 over them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    size: int
-    sha256: str
 
 
 class Manifest(BaseModel):
@@ -125,11 +117,6 @@ class Snapshot:
 def shard_file(segment: str, shard: int, name: str) -> str:
     """The name, within a snapshot, of a shard's file."""
     return f"segments/{segment}/shard-{shard:04d}/{name}"
-
-
-def describe_file(path: Path) -> FileEntry:
-    """The manifest's entry for a local file."""
-    return FileEntry(size=path.stat().st_size, sha256=Folder.at(path).sha256())
 
 
 def check_file(file: Folder, entry: FileEntry, verify: bool = True) -> None:

@@ -16,17 +16,16 @@ import scipy.sparse as sp
 
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder
+from raexmc_ray.files import FileEntry, Folder, describe_file
 from raexmc_ray.memory.index import FlatIndex
 from raexmc_ray.memory.shard import INDEX, INSTANCE, KEYS, LABEL, VALUES
 from raexmc_ray.memory.snapshot import (
     ENCODER,
     LABELS,
-    FileEntry,
     Manifest,
-    describe_file,
     is_complete,
     publish,
+    publish_current,
     shard_file,
     snapshot_id,
 )
@@ -149,6 +148,9 @@ def build_memory(
     plan = SnapshotPlan.of(
         Folder.at(memory), corpus, encoder.fingerprint, settings, defaults.model_dump_json(by_alias=True)
     )
+    if plan.is_complete:  # readers have its files mapped: they are never written again
+        publish_current(plan.memory, plan.id)
+        return plan.id
     table, values = key_table(corpus), value_lists(corpus.train.relevance)
     keys_ND = encoder.encode(table["text"].to_pylist())
     entries: dict[str, FileEntry] = {}

@@ -1,5 +1,6 @@
 """Ray Train: contrastive training of the shared encoder over the in-batch memory.
 
-sampler: which rows and labels make up each batch, a pure function. gather: embeddings of all ranks, with
-gradients. step: one optimiser step. worker: what each training worker runs. trainer: the driver's side.
+Free of Ray: sampler (which rows and labels make up a batch), gather (what ranks tell each other), step (one step's
+gradients), mining (hard negatives), validate (held-out figures), checkpoint, curves, meter, and loop, which is the
+training of one rank. Ray: tokens (Ray Data), plan (what is refused or announced), worker, trainer (the driver).
 """

@@ -25,8 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder
-from raexmc_ray.memory.snapshot import describe_file
+from raexmc_ray.files import Folder, describe_file
 
 ENCODER, OPTIMIZER, STATE, SEAL = "encoder", "optimizer.safetensors", "state.json", "checkpoint.json"
 logger = logging.getLogger("raexmc_ray")
@@ -66,10 +65,14 @@ class Checkpoints:
     def at(self, step: int) -> Folder:
         return self.folder / f"step-{step:08d}"
 
+    def steps(self) -> list[int]:
+        """Of all checkpoints, whole or not, ascending."""
+        return sorted(int(name.removeprefix("step-")) for name in self.folder.names())
+
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None. One that is torn or altered is named in the log."""
-        for name in sorted(self.folder.names(), reverse=True):
-            checkpoint = self.open(int(name.removeprefix("step-")))
+        for step in reversed(self.steps()):
+            checkpoint = self.open(step)
             if checkpoint is not None:
                 return checkpoint
         return None
@@ -135,8 +138,7 @@ class Checkpoints:
 
     def _drop_old(self, best: int) -> None:
         """Delete all but the newest few and the best: the seal first, so that what is half deleted is not whole."""
-        steps = sorted(int(name.removeprefix("step-")) for name in self.folder.names())
-        for step in steps[: -self._keep]:
+        for step in self.steps()[: -self._keep]:
             if step != best:
                 folder = self.at(step)
                 if (folder / SEAL).size() is not None:

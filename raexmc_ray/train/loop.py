@@ -146,7 +146,7 @@ class Loop:
         if not mining.on:
             return
         due = epoch - epoch % mining.every
-        file = self.folder / f"mined/epoch-{due:05d}.safetensors"
+        file = self.folder / "mined" / _mined_name(due)
         if epoch == due and first == 0:
             with self.meter("mining"):
                 instances, labels = self._embed()
@@ -154,9 +154,19 @@ class Loop:
                 mined = mine(instances, labels, self.data.relevance, mining, rng)
             if self.rank == 0:
                 file.write(save({"grouped": mined.grouped, "groups": mined.groups, "labels": mined.labels}))
+                self._drop_old_mined()
         else:
             mined = Mined(**load(file.read()))
         self.sampler.use(mined)
+
+    def _drop_old_mined(self) -> None:
+        """Delete what was mined before any checkpoint that is still there: no run goes on from it."""
+        oldest = min(self.checkpoints.steps(), default=0) // self.sampler.steps
+        needed = _mined_name(oldest - oldest % self.settings.mining.every)
+        folder = self.folder / "mined"
+        for name in folder.names():
+            if name < needed:
+                folder.filesystem.delete_file((folder / name).path)
 
     def _train_epoch(self, epoch: int, first: int) -> None:
         batches = self._batches(epoch, first)
@@ -265,3 +275,7 @@ class Loop:
             f"wrote nothing from it. Last good checkpoint: {checkpoint.folder if checkpoint else 'none yet'}. Rows of "
             f"the batch: {json.dumps(rows_B.tolist())}. Look at their texts, or lower training.learning_rate"
         )
+
+
+def _mined_name(epoch: int) -> str:
+    return f"epoch-{epoch:05d}.safetensors"

@@ -15,6 +15,7 @@ import numpy as np
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.encoder import TextEncoder
@@ -127,7 +128,9 @@ def _plan(recipe: Recipe, data: TrainingData, encoder: TextEncoder) -> Plan:
 def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) -> None:
     """Until the workers have finished the run. Raises NonFiniteLossError, and Ray Train's errors."""
     cluster = recipe.cluster
-    progress = ProgressActor.remote()  # type: ignore[attr-defined]
+    # With the driver, whose end it shares: on another node it would take the run down with that node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = ProgressActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
