@@ -22,7 +22,7 @@ from raexmc_ray.train.sampler import Sampler
 from raexmc_ray.train.step import concatenate, make_optimizer
 from raexmc_ray.train.worker import make_encoder
 
-STEPS = 25
+STEPS = 15
 ONE_WORKER = ["training.epochs=1", "cluster.workers=1", "cluster.cpus_per_worker=2"]
 
 

@@ -59,7 +59,7 @@ def ray_cluster() -> Iterator[str]:
     """The dashboard's address of a local cluster with four CPUs."""
     import ray
 
-    context = ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    context = ray.init("local", num_cpus=4, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
 

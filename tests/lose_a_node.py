@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import ray
+from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 from raexmc_ray.corpus import read_corpus
@@ -24,6 +25,15 @@ def main() -> None:
     doomed = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
 
+    try:
+        lose_and_train(recipe, cluster, doomed)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def lose_and_train(recipe: Recipe, cluster: Cluster, doomed: Node) -> None:
+    """Train, and kill the node once there is a checkpoint."""
     # Ray starts nodes from the main thread only, so the training has the other one.
     with ThreadPoolExecutor(1) as thread:
         training = thread.submit(train, recipe, read_corpus(recipe.corpus.path))
@@ -37,8 +47,6 @@ def main() -> None:
         sys.stdout.write("killed a node\n")
         cluster.add_node(num_cpus=1)
         training.result()
-    ray.shutdown()
-    cluster.shutdown()
 
 
 if __name__ == "__main__":
