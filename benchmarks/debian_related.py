@@ -10,10 +10,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from pathlib import Path
 
-from _result import at_least, below, write_result
-from _training import LAMBDAS, TEMPERATURES, choose
+from _result import at_least, below, print_targets, write_result
+from _training import LAMBDAS, RECIPE, TEMPERATURES, choose
 
 from raexmc_ray.cluster import connected
 from raexmc_ray.corpus import read_corpus
@@ -25,7 +24,6 @@ from raexmc_ray.memory.pool import open_in_actors
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.trainer import train
 
-RECIPE = Path(__file__).parent.parent / "jobs/recipes/debian_related.yaml"
 TARGETS = {"P@1": 50.5, "P@5": 20.3, "PSP@1": 34.0, "PSP@5": 38.5, "R@10": 61.0}
 
 
@@ -74,9 +72,7 @@ def main() -> None:
         "final_run": seconds,
     }
     write_result("debian_related", figures, targets)
-    for target in targets:
-        verdict = "holds" if target["holds"] else "FALLS SHORT"
-        print(f"{verdict:>12}  {target['what']}: {target['figure']} {target['target']}")
+    print_targets({}, targets)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def train(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006 
 @app.command()
 def build(
     recipe: RecipeFile,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006  # typer copies it
     encoder: Annotated[
         str | None,
         typer.Option(help="Any encoder in place of the trained one: folder, hub name, package:NAME."),
@@ -73,7 +73,7 @@ def build(
 @app.command()
 def evaluate(
     recipe: RecipeFile,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006  # typer copies it
     output: Annotated[Path | None, typer.Option(help="Write the table as JSON here, too.")] = None,
 ) -> None:
     """Measure the memory on the corpus's test part: labels only, instances only, both, and popularity."""

@@ -204,6 +204,7 @@ class Loop:
         rate = learning_rate(self.settings, self.state.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self._parts = None  # of the weights before this step: they are as large as the memory, and of no more use
         loss = accumulate_gradients(self.encoder, prepared, self.settings, self.meter).item()
         with self.meter("optimizer"):
             if not (math.isfinite(loss) and math.isfinite(gradient_norm(self.encoder).item())):
@@ -222,9 +223,9 @@ class Loop:
         every = self.settings.evaluation.every
         figures = {"epoch": step / self.sampler.steps, "loss": self._losses[-1], "learning_rate": rate}
         self.report(step, figures)
-        if self.rank == 0 and (step % max(1, self.steps // LINES) == 0 or step == self.steps):
-            figures["loss"] = float(np.mean(self._losses))
-            self.curves.add(step, figures | self.meter.read())
+        if step % max(1, self.steps // LINES) == 0 or step == self.steps:
+            if self.rank == 0:
+                self.curves.add(step, figures | {"loss": float(np.mean(self._losses))} | self.meter.read())
             self._losses.clear()
         evaluated = bool(every) and rest == 0 and (epoch % every == 0 or step == self.steps)
         if evaluated:

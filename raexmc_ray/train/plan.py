@@ -10,6 +10,7 @@ import ray
 
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
+from raexmc_ray.objective import BLOCK_CELLS
 from raexmc_ray.recipe import Recipe
 
 ADAM_BYTES = 16
@@ -67,7 +68,7 @@ def worker_bytes(encoder: TextEncoder, recipe: Recipe) -> int:
     tokens = encoder.max_tokens
     width = 1 if settings.precision == "bfloat16" or (settings.precision == "auto" and recipe.cluster.gpu) else 2
     activations = layers * tokens * alive * hidden * (34 + 5 * heads * tokens // hidden) * width
-    return weights * ADAM_BYTES + activations + texts * hidden * 4 * 4 + 12 * 4 * (1 << 21)
+    return weights * ADAM_BYTES + activations + texts * hidden * 4 * 4 + 12 * 4 * BLOCK_CELLS
 
 
 def refuse(recipe: Recipe, labelled: int) -> None:
