@@ -28,13 +28,14 @@ OBJECTIVES = {
     "InfoNCE": "{kind: softmax, instances: none}",
 }
 SEEDS = (0, 1, 2)
-SMALL = ["encoder.layers=2", "training.epochs=3", "training.learning_rate=3.0e-4"]
+SMALL = ["encoder.layers=2", "training.epochs=2", "training.learning_rate=3.0e-4"]
+ONE_WORKER = ["cluster.workers=1", "cluster.cpus_per_worker=2"]
 
 
 def measure(objective: str, seed: int) -> dict[str, Any]:
     """{"lambda", "temperature", row: five figures on the test part} of one training."""
     overrides = [f"training.objective={objective}", f"training.seed={seed}", "cluster.storage=runs/objectives"]
-    recipe = Recipe.load(RECIPE, [*SMALL, *overrides])
+    recipe = Recipe.load(RECIPE, [*SMALL, *ONE_WORKER, *overrides])
     whole = read_corpus(recipe.corpus.path, recipe.corpus.fields)
     held_out = whole.hold_out(0.1, seed)
     with connected():

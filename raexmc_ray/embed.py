@@ -84,7 +84,7 @@ class _UnitEncoder:
     """An actor that embeds units."""
 
     def __init__(self, encoder: Folder, folder: Folder, shards: int, batch_size: int, threads: int) -> None:
-        self._encoder = load_encoder(encoder, threads)
+        self._encoder = use_hardware(TextEncoder.load(encoder.path), threads)
         self._folder, self._shards, self._batch_size = folder, shards, batch_size
 
     def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:
@@ -112,17 +112,16 @@ def read_shard(folder: Folder, shard: int, keys: int) -> Iterator[tuple[np.ndarr
             yield ids, batch["embedding"].flatten().to_numpy().reshape(len(ids), -1)
 
 
-def load_encoder(encoder: Folder, threads: int) -> TextEncoder:
-    """The encoder in this process, on its GPU where it owns one, with so many CPU threads."""
-    loaded = TextEncoder.load(encoder.path)
+def use_hardware(encoder: TextEncoder, threads: int) -> TextEncoder:
+    """`encoder`, moved to this process's GPU where it owns one; else it gets so many CPU threads."""
     if torch.cuda.is_available():
         device = torch.device("cuda")
-        loaded.to(device)
+        encoder.to(device)
         if bfloat16_is_native(device):
-            loaded.compute_dtype = torch.bfloat16
+            encoder.compute_dtype = torch.bfloat16
     else:
         torch.set_num_threads(max(1, threads))
-    return loaded
+    return encoder
 
 
 def quiet_data() -> None:

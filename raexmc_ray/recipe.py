@@ -141,7 +141,7 @@ class TrainingSection(Section):
     """Texts in one forward call. Chunks are cut from the texts in order of length, so that little is padded."""
     gradient_cache: bool = False
     """Keep the activations of one chunk at a time: the memory does not grow with the batch, and a step takes a
-    third longer, because each chunk but one is encoded twice."""
+    quarter longer, because most chunks are encoded twice."""
     compile: bool = False
     """Compile the encoder with `torch.compile`; it needs a C++ compiler."""
     mining: MiningSection = MiningSection()

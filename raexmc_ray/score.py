@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from raexmc_ray.embed import load_encoder, map_units
+from raexmc_ray.embed import map_units, use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.pool import ShardPool
 from raexmc_ray.memory.snapshot import LABELS, open_snapshot
@@ -83,7 +83,7 @@ class _UnitScorer:
         cluster: ClusterSection,
     ) -> None:
         opened = open_snapshot(memory, snapshot)
-        self._encoder = load_encoder(Folder.at(opened.encoder_folder()), int(cluster.cpus_per_worker))
+        self._encoder = use_hardware(opened.encoder(), int(cluster.cpus_per_worker))
         self._label_uids = pq.read_table(opened.file(LABELS))["uid"].combine_chunks()
         self._pool, self._output, self._settings, self._metadata = pool, output, settings, metadata
 
@@ -110,19 +110,10 @@ def _read(path: Path, id_column: str, text_column: str) -> pa.Table:
     suffix = next((s for s in SUFFIXES if path.name.removesuffix(".gz").endswith(s)), None)
     if not path.is_file() or suffix is None:
         raise ValueError(f"{path}: expected a file that exists and ends in {', '.join(SUFFIXES)} (or .gz after it)")
-    if suffix == ".parquet":
-        table = pq.read_table(path)
-    else:
-        with pa.input_stream(str(path), compression="detect") as stream:
-            content = stream.read()
-        if suffix == ".txt":
-            texts = content.decode("utf-8").splitlines()
-            table = pa.table({id_column: [str(i + 1) for i in range(len(texts))], text_column: texts})
-        else:
-            try:
-                table = pyarrow.json.read_json(pa.BufferReader(content))
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{path}: is not JSON lines: {error}") from None
+    try:
+        table = pq.read_table(path) if suffix == ".parquet" else _read_text(path, suffix, id_column, text_column)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is torn, or no {suffix} file in UTF-8: {error}") from None
     for column, flag in ((id_column, "--id-column"), (text_column, "--text-column")):
         if column not in table.column_names:
             raise ValueError(f"{path}: has no column {column!r}; it has {table.column_names}: name one by {flag}")
@@ -132,6 +123,16 @@ def _read(path: Path, id_column: str, text_column: str) -> pa.Table:
         row = int(np.flatnonzero(np.asarray(blank))[0]) + 1
         raise ValueError(f"{path}, row {row}, column {text_column!r}: the text is empty: drop the row")
     return table
+
+
+def _read_text(path: Path, suffix: str, id_column: str, text_column: str) -> pa.Table:
+    """The rows of a text or JSON-lines file, compressed or not."""
+    with pa.input_stream(str(path), compression="detect") as stream:
+        content = stream.read()
+    if suffix != ".txt":
+        return pyarrow.json.read_json(pa.BufferReader(content))
+    texts = content.decode("utf-8").splitlines()
+    return pa.table({id_column: [str(i + 1) for i in range(len(texts))], text_column: texts})
 
 
 def _digest(table: pa.Table) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -65,5 +66,14 @@ def test_bad_input_is_refused_by_name(tiny_run: Recipe, tmp_path: Path) -> None:
     wrong.write_text('{"name": "1"}\n')
     with pytest.raises(ValueError, match="--id-column"):
         run(tiny_run, [wrong], tmp_path / "out")
+    for name, content in (
+        ("torn.parquet", b"PAR1 and then nothing"),
+        ("torn.txt.gz", gzip.compress(b"vim\n" * 100)[:-12]),
+        ("latin1.txt", "Café\n".encode("latin-1")),
+        ("torn.jsonl", b'{"id": "1", "te'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: is torn, or no"):
+            run(tiny_run, [tmp_path / name], tmp_path / "out")
     with pytest.raises(ValueError, match="expected a file"):
         run(tiny_run, [tmp_path / "none.parquet"], tmp_path / "out")

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from raexmc_ray.answer import make_answers
-from raexmc_ray.embed import load_encoder
+from raexmc_ray.embed import use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.local import override
 from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, merge_hits
@@ -35,9 +35,7 @@ class Encoder:
     """Texts to embeddings; the texts of requests that arrive together are encoded together."""
 
     def __init__(self, memory: Folder, snapshot: str, threads: int) -> None:
-        opened = open_snapshot(memory, snapshot)
-        opened.encoder()  # refuses an encoder that did not make the keys
-        self._encoder = load_encoder(Folder.at(opened.encoder_folder()), threads)
+        self._encoder = use_hardware(open_snapshot(memory, snapshot).encoder(), threads)
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=BATCH_WAIT_S)
     async def encode(self, requests: list[list[str]]) -> list[np.ndarray]:

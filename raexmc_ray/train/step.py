@@ -134,17 +134,24 @@ def _embed(
     encoder: TextEncoder, prepared: Prepared, words: torch.Tensor, keep_all: bool
 ) -> tuple[torch.Tensor, list[tuple[Chunk, torch.Tensor | None]]]:
     """Embeddings [texts, d] without a graph, and of each chunk those with a graph: of all chunks, or, to save
-    memory, only of the last one, which is carried back first."""
+    memory, only of the last ones, which are carried back first."""
     embeddings = torch.empty(prepared.instances + prepared.labels, encoder.dimension, device=encoder.device)
     graphs: list[tuple[Chunk, torch.Tensor | None]] = []
+    first_kept = 0 if keep_all else _first_kept([chunk.ids.numel() for chunk in prepared.chunks])
     for i, chunk in enumerate(prepared.chunks):
         on_device = chunk.to(encoder.device)
-        keep = keep_all or i + 1 == len(prepared.chunks)
+        keep = i >= first_kept
         with torch.set_grad_enabled(keep):
             part = _forward(encoder, on_device, words, prepared.seed + i)
         embeddings[on_device.rows] = part.detach()
         graphs.append((on_device, part if keep else None))
     return embeddings, graphs
+
+
+def _first_kept(cells: list[int]) -> int:
+    """The first of the last chunks that together have no more cells than the largest chunk, whose graph needs that
+    much memory anyway, later: they are the shortest texts, and so are not encoded twice for free."""
+    return len(cells) - int(np.searchsorted(np.cumsum(cells[::-1]), max(cells), side="right"))
 
 
 def _carry_back(

@@ -34,6 +34,14 @@ DONE = "trained.json"
 POLL_S = 0.5
 logger = logging.getLogger("raexmc_ray")
 
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+}
+"""glibc's settings for a training worker. Ray Train trains in a thread, and a thread's own malloc arena gives memory
+back to the kernel at every step: on two cores that took a sixth of the speed, in page faults."""
+
 
 def train(recipe: Recipe, corpus: Corpus) -> Folder:
     """Train the encoder that `recipe` describes; returns its folder, in which `trained.json` lies.
@@ -153,6 +161,7 @@ def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) ->
             storage_path=(run / "ray").path,
             storage_filesystem=run.filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
         ),
     )
     with _Watcher(progress, plan) as watcher:
