@@ -161,7 +161,7 @@ def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) ->
             storage_path=(run / "ray").path,
             storage_filesystem=run.filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},  # type: ignore[call-arg]  # mypy sees Train v1
         ),
     )
     with _Watcher(progress, plan) as watcher:
