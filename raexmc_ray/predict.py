@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from raexmc_ray.memory.hits import Hits
+from raexmc_ray.memory.hits import Hits, best_cells
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,29 @@ def aggregate(
     lambda_: λ in [0, 1]. temperature: τ > 0. exclude: CSR [B, L]; pairs that are dropped before the best k are
     taken. Sums are taken in float64 in the order of the hits, and rounded to float32 before they are ordered.
     """
-    votes = _weigh(hits, lambda_, temperature)
-    # Stable in `place`: the votes for a label are summed in the order of the hits.
-    order = np.lexsort((votes.label, votes.row))
-    row, label, weight = votes.row[order], votes.label[order], votes.weight[order]
-    first = np.flatnonzero(np.concatenate([[True], (row[1:] != row[:-1]) | (label[1:] != label[:-1])])[: len(row)])
-    row, label = row[first], label[first]
-    score = (np.add.reduceat(weight, first) if len(first) else weight).astype(np.float32)
+    weights_Bb = weigh(hits, lambda_, temperature)
+    B, b = weights_Bb.shape
+    # Row by row, a sparse product adds up the votes in the order of the hits: the same sums for any batch.
+    labels = 1 + int(hits.votes.max(initial=-1))
+    query_hits = sp.csr_array((weights_Bb.ravel(), np.arange(B * b), np.arange(B + 1) * b), shape=(B, B * b))
+    hit_votes = sp.csr_array((np.ones(len(hits.votes)), hits.votes, hits.vote_offsets), shape=(B * b, labels))
+    mass = query_hits @ hit_votes if labels else sp.csr_array((B, 0))
+    lengths = np.diff(mass.indptr)
+    slack = int(np.diff(exclude.indptr).max(initial=0)) if exclude is not None else 0
+    voted_BW = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    scores_BW, labels_BW = np.zeros(voted_BW.shape, np.float32), np.zeros(voted_BW.shape, np.int64)
+    scores_BW[voted_BW], labels_BW[voted_BW] = mass.data, mass.indices
+    voted_BW[voted_BW] = mass.data > 0
+    best = best_cells(scores_BW, labels_BW, voted_BW, k + slack)
+    row, label, score = best // max(1, voted_BW.shape[1]), labels_BW.ravel()[best], scores_BW.ravel()[best]
     if exclude is not None and exclude.nnz:
-        labels = exclude.shape[1]
-        excluded = np.repeat(np.arange(exclude.shape[0]), np.diff(exclude.indptr)) * labels + exclude.indices
-        kept = ~np.isin(row * labels + label, excluded)
+        span = exclude.shape[1]
+        excluded = np.repeat(np.arange(B), np.diff(exclude.indptr)) * span + exclude.indices
+        kept = ~np.isin(row * span + label, excluded)
         row, label, score = row[kept], label[kept], score[kept]
-    best = np.lexsort((label, -score, row))
-    row, label, score = row[best], label[best], score[best]
-    B = len(hits.key_ids_Bb)
-    rank = np.arange(len(row)) - np.searchsorted(row, np.arange(B))[row]
+    order = np.lexsort((label, -score, row))
+    row, label, score = row[order], label[order], score[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
     top = rank < k
     labels_Bk = np.full((B, k), -1, np.int64)
     scores_Bk = np.zeros((B, k), np.float32)
@@ -87,7 +94,7 @@ def aggregate(
 
 def vote_evidence(hits: Hits, predictions: Predictions, *, lambda_: float, temperature: float, keys: int) -> Evidence:
     """For each predicted label the `keys` hits that gave it most, with λ and τ as in `aggregate`."""
-    votes = _weigh(hits, lambda_, temperature)
+    votes = _votes(hits, weigh(hits, lambda_, temperature))
     B, k = predictions.labels_Bk.shape
     span = 1 + max(votes.label.max(initial=0), predictions.labels_Bk.max(initial=0))
     cells = np.flatnonzero(predictions.labels_Bk.ravel() >= 0)
@@ -113,7 +120,8 @@ def vote_evidence(hits: Hits, predictions: Predictions, *, lambda_: float, tempe
     )
 
 
-def _weigh(hits: Hits, lambda_: float, temperature: float) -> _Votes:
+def weigh(hits: Hits, lambda_: float, temperature: float) -> np.ndarray:
+    """float64 [B, b]: what each hit's vote weighs: softmax over the hits at τ, times λ or 1 − λ. Raises ValueError."""
     if not 0 <= lambda_ <= 1:
         raise ValueError(f"lambda is {lambda_}: it must lie in [0, 1]")
     if not temperature > 0:
@@ -123,7 +131,10 @@ def _weigh(hits: Hits, lambda_: float, temperature: float) -> _Votes:
     highest = np.max(scores, axis=1, keepdims=True, initial=-2.0)  # −2: no cosine is so low
     weights_Bb = np.exp((scores - highest) / temperature)
     weights_Bb /= np.maximum(weights_Bb.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    weights_Bb *= np.where(hits.is_label_Bb, 1 - lambda_, lambda_)
+    return weights_Bb * np.where(hits.is_label_Bb, 1 - lambda_, lambda_)
+
+
+def _votes(hits: Hits, weights_Bb: np.ndarray) -> _Votes:
     lengths = np.diff(hits.vote_offsets)
     cell = np.repeat(np.arange(len(lengths)), lengths)
     row, place = np.divmod(cell, hits.key_ids_Bb.shape[1])

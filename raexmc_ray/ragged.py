@@ -7,7 +7,12 @@ import numpy as np
 
 def ragged_take(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(values, int64 offsets) of these rows, in this order, without a loop over them."""
-    lengths = np.diff(offsets)[rows]
-    taken = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    positions = np.repeat(offsets[rows] - taken[:-1], lengths) + np.arange(taken[-1])
-    return values[positions], taken
+    starts = offsets[rows]
+    lengths = offsets[rows + 1] - starts
+    return values[ragged_places(starts, lengths)], np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def ragged_places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64: starts[0] … starts[0] + lengths[0] − 1, then those of the next row, and so on."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raexmc_ray.ragged import ragged_take
+from raexmc_ray.ragged import ragged_places
 from raexmc_ray.recipe import Neighbours
 
 
@@ -28,28 +28,6 @@ class Hits:
     vote_offsets: np.ndarray
     snapshot: str
 
-    def reorder(self, order_Bb: np.ndarray, keep_Bb: np.ndarray) -> Hits:
-        """Row-wise, the hits at places `order_Bb`; those that `keep_Bb` does not keep become padding."""
-        B, b = self.key_ids_Bb.shape
-        if not b:  # there is nothing to take from: all of it is padding
-            shape, offsets = order_Bb.shape, np.zeros(order_Bb.size + 1, np.int64)
-            nothing = np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32), np.zeros(shape, bool)
-            return Hits(*nothing, self.votes, offsets, self.snapshot)
-        cells = (np.arange(B)[:, None] * b + order_Bb).ravel()
-        keep = keep_Bb.ravel()
-        lengths = np.diff(self.vote_offsets)
-        votes, _ = ragged_take(self.votes, self.vote_offsets, cells[keep])
-        offsets = np.concatenate([[0], np.cumsum(np.where(keep, lengths[cells], 0))])
-        take = np.take_along_axis
-        return Hits(
-            np.where(keep_Bb, take(self.key_ids_Bb, order_Bb, 1), -1),
-            np.where(keep_Bb, take(self.scores_Bb, order_Bb, 1), np.float32(-np.inf)),
-            take(self.is_label_Bb, order_Bb, 1) & keep_Bb,
-            votes,
-            offsets,
-            self.snapshot,
-        )
-
 
 class SnapshotMismatchError(RuntimeError):
     """Shards answered from different snapshots; such answers are never merged."""
@@ -63,46 +41,68 @@ def merge_hits(parts: Sequence[Hits], neighbours: Neighbours) -> Hits:
     snapshots = {part.snapshot for part in parts}
     if len(snapshots) != 1:
         raise SnapshotMismatchError(f"answers of {len(snapshots)} snapshots met: {sorted(snapshots)}")
-    joined = _side_by_side(parts)
-    key_ids = np.where(joined.key_ids_Bb < 0, np.iinfo(np.int64).max, joined.key_ids_Bb)
-    order = np.lexsort((key_ids, -joined.scores_Bb))
-    found = np.take_along_axis(joined.key_ids_Bb, order, 1) >= 0
+    key_ids = np.concatenate([part.key_ids_Bb for part in parts], axis=1)
+    scores = np.concatenate([part.scores_Bb for part in parts], axis=1)
+    is_label = np.concatenate([part.is_label_Bb for part in parts], axis=1)
+    found = key_ids >= 0
     if neighbours.joint is not None:
-        width = neighbours.joint
-        keep = found
+        width, best = neighbours.joint, best_cells(scores, key_ids, found, neighbours.joint)
     else:
-        is_label = np.take_along_axis(joined.is_label_Bb, order, 1)
-        limits = ((~is_label, neighbours.instances or 0), (is_label, neighbours.labels or 0))
-        keep = np.zeros_like(found)
-        for kind, limit in limits:
-            keep |= found & kind & (np.cumsum(found & kind, axis=1) <= limit)
-        width = sum(limit for _, limit in limits)
-        to_front = np.argsort(~keep, axis=1, kind="stable")
-        order, keep = np.take_along_axis(order, to_front, 1), np.take_along_axis(keep, to_front, 1)
-    short = width - order.shape[1]
-    if short > 0:
-        order, keep = np.pad(order, ((0, 0), (0, short))), np.pad(keep, ((0, 0), (0, short)))
-    return joined.reorder(order[:, :width], keep[:, :width])
+        instances, labels = neighbours.instances or 0, neighbours.labels or 0
+        width = instances + labels
+        apart = [best_cells(scores, key_ids, found & ~is_label, instances)]
+        apart.append(best_cells(scores, key_ids, found & is_label, labels))
+        best = np.sort(np.concatenate(apart))
+    row, cell = np.divmod(best, key_ids.shape[1]) if key_ids.shape[1] else (best, best)
+    key_ids, scores, is_label = key_ids[row, cell], scores[row, cell], is_label[row, cell]
+    order = np.lexsort((key_ids, -scores, row))
+    row, cell, key_ids, scores, is_label = (a[order] for a in (row, cell, key_ids, scores, is_label))
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+
+    B = len(parts[0].key_ids_Bb)
+    merged = np.full((B, width), -1, np.int64), np.full((B, width), -np.inf, np.float32), np.zeros((B, width), bool)
+    for target, values in zip(merged, (key_ids, scores, is_label), strict=True):
+        target[row, rank] = values
+    votes, lengths = _votes_of(parts, row, cell)
+    lengths_Bb = np.zeros(B * width, np.int64)
+    lengths_Bb[row * width + rank] = lengths
+    return Hits(*merged, votes, np.concatenate([[0], np.cumsum(lengths_Bb)]), parts[0].snapshot)
 
 
-def _side_by_side(parts: Sequence[Hits]) -> Hits:
-    """All parts' columns next to each other, votes included."""
-    if len(parts) == 1:
-        return parts[0]
-    lengths = np.concatenate([np.diff(p.vote_offsets).reshape(p.key_ids_Bb.shape) for p in parts], axis=1).ravel()
-    # Votes of all parts in part order; then the row of each part that a cell's votes lie in.
-    votes = np.concatenate([p.votes for p in parts])
-    first = np.cumsum([0] + [len(p.votes) for p in parts[:-1]])
-    starts = np.concatenate(
-        [p.vote_offsets[:-1].reshape(p.key_ids_Bb.shape) + base for p, base in zip(parts, first, strict=True)], axis=1
-    ).ravel()
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return Hits(
-        np.concatenate([p.key_ids_Bb for p in parts], axis=1),
-        np.concatenate([p.scores_Bb for p in parts], axis=1),
-        np.concatenate([p.is_label_Bb for p in parts], axis=1),
-        votes[positions],
-        offsets,
-        parts[0].snapshot,
-    )
+def best_cells(scores: np.ndarray, ids: np.ndarray, valid: np.ndarray, limit: int) -> np.ndarray:
+    """Flat places, row by row and in no order within a row, of the best `limit` valid cells of each row of [B, W]
+    arrays: by (score descending, id ascending). Sorted are only the cells that a partition leaves in question."""
+    B, W = scores.shape
+    if not limit or not W:
+        return np.empty(0, np.int64)
+    if W > limit:
+        valued = np.where(valid, scores, np.float32(-np.inf))
+        least = np.partition(valued, W - limit, axis=1)[:, W - limit, None]
+        valid = valid & (valued >= least)
+    cells = np.flatnonzero(valid)
+    counts = np.bincount(cells // W, minlength=B)
+    crowded = np.flatnonzero(counts > limit)  # rows in which several cells tie for the last place
+    if not len(crowded):
+        return cells
+    row = cells // W
+    in_question = np.isin(row, crowded)
+    questioned, row = cells[in_question], row[in_question]
+    order = np.lexsort((ids.ravel()[questioned], -scores.ravel()[questioned], row))
+    rank = np.arange(len(order)) - np.searchsorted(row, row)  # `row` is sorted, and the same in this order
+    return np.sort(np.concatenate([cells[~in_question], questioned[order][rank < limit]]))
+
+
+def _votes_of(parts: Sequence[Hits], row: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(votes of the hits at these places of the parts side by side, one after the other, and their numbers)."""
+    first_vote = np.cumsum([0] + [len(part.votes) for part in parts[:-1]])
+    width = [part.key_ids_Bb.shape[1] for part in parts]
+    first_cell = np.cumsum([0, *width])
+    starts, lengths = np.empty(len(row), np.int64), np.empty(len(row), np.int64)
+    of_part = np.searchsorted(first_cell, cell, side="right") - 1
+    for i, part in enumerate(parts):
+        mine = np.flatnonzero(of_part == i)
+        places = row[mine] * width[i] + cell[mine] - first_cell[i]
+        starts[mine] = part.vote_offsets[places] + first_vote[i]
+        lengths[mine] = part.vote_offsets[places + 1] - part.vote_offsets[places]
+    votes = np.concatenate([part.votes for part in parts]) if len(parts) > 1 else parts[0].votes
+    return votes[ragged_places(starts, lengths)], lengths
