@@ -191,7 +191,7 @@ def inspect(memory: Annotated[str, typer.Argument(help="Folder or URL of the mem
     for name, value in (
         ("snapshot", f"{manifest.id}, made {manifest.created}"),
         ("keys", f"{manifest.keys:,}: {manifest.instances:,} instances and {manifest.labels:,} labels"),
-        ("shards", f"{manifest.shards}, {manifest.index} index, dimension {manifest.dimension}"),
+        ("shards", f"{manifest.shards}, {manifest.index.kind} index, dimension {manifest.dimension}"),
         ("size", f"{total / 1e6:,.1f} MB in {len(manifest.files)} files"),
         ("encoder", manifest.encoder_fingerprint[:16]),
         ("defaults", manifest.defaults.model_dump_json(by_alias=True, exclude_none=True)),

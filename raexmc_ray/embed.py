@@ -11,6 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,32 +29,95 @@ from raexmc_ray.recipe import ClusterSection, EncoderSection
 
 UNIT_KEYS = 4096
 """Keys in a unit."""
+BLOCK_UNITS = 16
+"""Units whose rows of a shard are handed to its index together."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of keys 0 … keys − 1 under a folder, cut for so many shards, each number of this dtype."""
+
+    folder: Folder
+    keys: int
+    shards: int
+    dtype: str
+
+    @property
+    def units(self) -> int:
+        return math.ceil(self.keys / UNIT_KEYS)
+
+    def size(self, unit: int) -> int:
+        """Keys in a unit."""
+        return min(UNIT_KEYS, self.keys - unit * UNIT_KEYS)
+
+    def missing(self) -> list[int]:
+        """Units that are not there yet."""
+        there = set(self.folder.names())
+        return [unit for unit in range(self.units) if _unit_file(unit) not in there]
+
+    def write(self, unit: int, vectors_ND: np.ndarray) -> None:
+        """Put a unit's embeddings there in one atomic step: a record batch a shard, its keys in id order."""
+        first, d = unit * UNIT_KEYS, vectors_ND.shape[1]
+        type_ = pa.from_numpy_dtype(np.dtype(self.dtype))
+        schema = pa.schema({"key_id": pa.int64(), "embedding": pa.list_(type_, d)})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, schema) as writer:
+            for shard in range(self.shards):
+                mine = np.arange((shard - first) % self.shards, len(vectors_ND), self.shards)
+                flat = pa.array(vectors_ND[mine].astype(self.dtype, copy=False).ravel(), type_)
+                vectors = pa.FixedSizeListArray.from_arrays(flat, d)
+                writer.write_batch(pa.record_batch([pa.array(first + mine), vectors], schema=schema))
+        (self.folder / _unit_file(unit)).write(sink.getvalue())
+
+    def of_shard(self, shard: int) -> Iterator[np.ndarray]:
+        """Embeddings [n, d] of a shard's keys in id order, a block at a time. Raises ValueError for a unit that does
+        not have the keys that it must have."""
+        for start in range(0, self.units, BLOCK_UNITS):
+            parts = [self._part(unit, shard)[1] for unit in range(start, min(start + BLOCK_UNITS, self.units))]
+            yield np.concatenate(parts)
+
+    def take(self, key_ids: np.ndarray) -> np.ndarray:
+        """Embeddings [n, d] of these keys, which are sorted."""
+        taken = []
+        for unit in np.unique(key_ids // UNIT_KEYS):
+            mine = key_ids[key_ids // UNIT_KEYS == unit]
+            for shard in np.unique(mine % self.shards):
+                ids, vectors = self._part(int(unit), int(shard))
+                wanted = mine[mine % self.shards == shard]
+                taken.append((wanted, vectors[np.searchsorted(ids, wanted)]))
+        if not taken:
+            return np.empty((0, self._part(0, 0)[1].shape[1]), self.dtype)
+        order = np.argsort(np.concatenate([ids for ids, _ in taken]))
+        return np.concatenate([vectors for _, vectors in taken])[order]
+
+    def _part(self, unit: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """(key ids int64 [n], embeddings [n, d]) of a shard's keys in a unit: by memory map where the file is local."""
+        file = self.folder / _unit_file(unit)
+        with pa.memory_map(file.path) if file.is_local else file.filesystem.open_input_file(file.path) as source:
+            batch = pa.ipc.open_file(source).get_batch(shard)
+        ids = batch["key_id"].to_numpy()
+        first, end = unit * UNIT_KEYS, unit * UNIT_KEYS + self.size(unit)
+        if not np.array_equal(ids, np.arange(first + (shard - first) % self.shards, end, self.shards)):
+            raise ValueError(f"{file}: has other keys than it must have: remove it, and run the same command again")
+        return ids, batch["embedding"].flatten().to_numpy().reshape(len(ids), -1)
 
 
 def embed_keys(
-    table: pa.Table,
-    encoder: Folder,
-    folder: Folder,
-    shards: int,
-    section: EncoderSection,
-    cluster: ClusterSection,
+    table: pa.Table, encoder: Folder, embeddings: Embeddings, section: EncoderSection, cluster: ClusterSection
 ) -> None:
-    """Write the embeddings of all keys under `folder`, which belongs to this table, encoder and sharding.
+    """Write those units of `embeddings` that are missing.
 
     table: Arrow (key_id, text, …), ids 0, 1, 2 …. encoder: folder that every node sees.
     """
-    units = math.ceil(len(table) / UNIT_KEYS)
-    done = set(folder.names())
-    missing = [unit for unit in range(units) if _unit_file(unit) not in done]
-    rows = {unit: min(UNIT_KEYS, len(table) - unit * UNIT_KEYS) for unit in range(units)}
-    total, finished = len(table), len(table) - sum(rows[unit] for unit in missing)
+    missing = embeddings.missing()
     if not missing:
         return
+    finished = len(table) - sum(map(embeddings.size, missing))
     texts = table.select(["key_id", "text"])
     # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
-    blocks = [texts.slice(unit * UNIT_KEYS, rows[unit]).combine_chunks() for unit in missing]
-    arguments = (encoder, folder, shards, section.batch_size, int(cluster.cpus_per_worker))
-    with Progress("embed", total, "keys", done=finished) as progress:
+    blocks = [texts.slice(unit * UNIT_KEYS, embeddings.size(unit)).combine_chunks() for unit in missing]
+    arguments = (encoder, embeddings, section.batch_size, int(cluster.cpus_per_worker))
+    with Progress("embed", len(table), "keys", done=finished) as progress:
         for keys in map_units(blocks, _UnitEncoder, arguments, cluster):
             progress.add(keys)
 
@@ -83,33 +147,14 @@ def map_units(
 class _UnitEncoder:
     """An actor that embeds units."""
 
-    def __init__(self, encoder: Folder, folder: Folder, shards: int, batch_size: int, threads: int) -> None:
+    def __init__(self, encoder: Folder, embeddings: Embeddings, batch_size: int, threads: int) -> None:
         self._encoder = use_hardware(TextEncoder.load(encoder.path), threads)
-        self._folder, self._shards, self._batch_size = folder, shards, batch_size
+        self._embeddings, self._batch_size = embeddings, batch_size
 
     def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:
-        ids = unit["key_id"].to_numpy()
-        embeddings_ND = self._encoder.encode(unit["text"].to_pylist(), self._batch_size)
-        sink = pa.BufferOutputStream()
-        schema = pa.schema({"key_id": pa.int64(), "embedding": pa.list_(pa.float32(), self._encoder.dimension)})
-        with pa.ipc.new_file(sink, schema) as writer:
-            for shard in range(self._shards):
-                mine = np.flatnonzero(ids % self._shards == shard)
-                flat = pa.array(embeddings_ND[mine].ravel())
-                vectors = pa.FixedSizeListArray.from_arrays(flat, self._encoder.dimension)
-                writer.write_batch(pa.record_batch([pa.array(ids[mine]), vectors], schema=schema))
-        (self._folder / _unit_file(int(ids[0]) // UNIT_KEYS)).write(sink.getvalue())
-        return {"rows": np.array([len(ids)])}
-
-
-def read_shard(folder: Folder, shard: int, keys: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(key ids int64 [n], embeddings float32 [n, d]) of one shard, a unit at a time, in id order."""
-    for unit in range(math.ceil(keys / UNIT_KEYS)):
-        file = folder / _unit_file(unit)
-        with file.filesystem.open_input_file(file.path) as source:
-            batch = pa.ipc.open_file(source).get_batch(shard)
-            ids = batch["key_id"].to_numpy()
-            yield ids, batch["embedding"].flatten().to_numpy().reshape(len(ids), -1)
+        vectors_ND = self._encoder.encode(unit["text"].to_pylist(), self._batch_size)
+        self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
+        return {"rows": np.array([len(unit)])}
 
 
 def use_hardware(encoder: TextEncoder, threads: int) -> TextEncoder:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +80,26 @@ class Folder:
             raise
 
     def upload(self, local: Path) -> None:
-        """Copy a local file or the files of a local folder to this path."""
+        """Copy the files of a local folder to this path."""
+        self.filesystem.create_dir(self.path, recursive=True)
         source = pafs.LocalFileSystem()
-        if local.is_dir():
-            self.filesystem.create_dir(self.path, recursive=True)
-            pafs.copy_files(str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem)
+        pafs.copy_files(str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem)
+
+    @contextmanager
+    def filling(self) -> Iterator[Path]:
+        """A local folder to write files into, which are at this path once it is left: itself, where it is local."""
+        if self.is_local:
+            Path(self.path).mkdir(parents=True, exist_ok=True)
+            yield Path(self.path)
         else:
-            self.filesystem.create_dir(self.path.rpartition("/")[0], recursive=True)
-            pafs.copy_files(str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem)
+            with tempfile.TemporaryDirectory(prefix="raexmc-") as scratch:
+                yield Path(scratch)
+                self.upload(Path(scratch))
+
+    def remove(self) -> None:
+        """Remove this folder with all that is in it; nothing where there is none."""
+        if self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
 
     def local(self, cache: Path) -> Path:
         """A local path with this file's or folder's content: itself, or a copy under `cache`."""

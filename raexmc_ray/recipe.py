@@ -20,6 +20,9 @@ METRICS = ("P@1", "P@3", "P@5", "nDCG@1", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", 
 """What is measured, on the test part and on rows held out while training."""
 
 
+INDEX_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16", "ivf-pq", "hnsw")
+
+
 class Section(BaseModel):
     """A part of a recipe: immutable, and closed to keys it does not know."""
 
@@ -155,8 +158,24 @@ class TrainingSection(Section):
 class MemorySection(Section):
     shards: int = Field(4, ge=1)
     """Disjoint parts of the memory; `key id % shards` places a key."""
-    index: Literal["flat"] = "flat"
-    """Kind of FAISS index: `flat` is exact."""
+    index: str = "flat"
+    """Kind of index: `flat` (exact), `flat-fp16`, `flat-sq8`, `ivf-fp16`, `ivf-pq`, `hnsw`, or `factory:STRING` for
+    whatever FAISS's index factory makes of the string."""
+    lists: int | None = Field(None, ge=1)
+    """Inverted lists of the ivf kinds; about twice the square root of the number of keys where it is left out."""
+    probes: int | None = Field(None, ge=1)
+    """Lists that a query looks into (of hnsw: keys on its search front); 1 in 32 of the lists, 32 at
+    least, where it is left out."""
+
+    @model_validator(mode="after")
+    def _index_is_known(self) -> Self:
+        if self.index not in INDEX_KINDS and not self.index.startswith("factory:"):
+            raise ValueError(f"index must be one of {', '.join(INDEX_KINDS)}, or factory:STRING (found {self.index!r})")
+        if self.lists and not self.index.startswith("ivf"):
+            raise ValueError(f"lists is a setting of the ivf kinds, not of {self.index}: leave it out")
+        if self.probes and not self.index.startswith(("ivf", "hnsw")):
+            raise ValueError(f"probes is a setting of the ivf kinds and of hnsw, not of {self.index}: leave it out")
+        return self
 
 
 class Neighbours(Section):

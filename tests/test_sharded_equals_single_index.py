@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from helpers import flat_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, merge_hits
-from raexmc_ray.memory.index import SLACK, FlatIndex
+from raexmc_ray.memory.index import SLACK
 from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.ragged import ragged_take
 from raexmc_ray.recipe import Neighbours
@@ -49,7 +50,7 @@ class World:
             ids = np.arange(shard, len(self.keys), shards)
             if not len(ids):
                 continue
-            index, cut = FlatIndex.build(self.keys[ids]), int(np.searchsorted(ids, self.instances))
+            index, cut = flat_index(self.keys[ids]), int(np.searchsorted(ids, self.instances))
             ranges = (
                 [(neighbours.joint, 0, len(ids))]
                 if neighbours.joint is not None
@@ -155,7 +156,7 @@ def test_predictions_are_the_dense_formulas(seed: int, b: int, shards: int, k: i
 
 def test_more_ties_than_the_first_search_sees() -> None:
     keys = np.tile(np.eye(4, dtype=np.float32)[:1], (20 * SLACK, 1))
-    positions, scores = FlatIndex.build(keys).search(keys[:1], 3, 0, len(keys))
+    positions, scores = flat_index(keys).search(keys[:1], 3, 0, len(keys))
     assert positions.tolist() == [[0, 1, 2]]
     assert scores.tolist() == [[1, 1, 1]]
 
@@ -176,9 +177,9 @@ def test_keys_and_queries_must_be_of_unit_length(bad: float) -> None:
     broken = keys.copy()
     broken[1] = bad
     with pytest.raises(ValueError, match="row 1"):
-        FlatIndex.build(broken)
+        flat_index(broken)
     with pytest.raises(ValueError, match="row 1"):
-        FlatIndex.build(keys).search(broken, 1, 0, 3)
+        flat_index(keys).search(broken, 1, 0, 3)
 
 
 @pytest.mark.parametrize(("lambda_", "temperature"), [(-0.1, 1.0), (1.1, 1.0), (0.5, 0.0), (0.5, float("nan"))])

@@ -101,7 +101,7 @@ def alter(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [tear, alter, Path.unlink])
-@pytest.mark.parametrize("name", [f"{SHARD}/index.faiss", f"{SHARD}/values.arrow", f"{SHARD}/keys.parquet"])
+@pytest.mark.parametrize("name", [f"{SHARD}/index.faiss", f"{SHARD}/keys.arrow"])
 def test_a_damaged_shard_is_refused_by_name(memory: Path, name: str, damage: Callable[[Path], None]) -> None:
     damage(snapshot(memory) / name)
     with pytest.raises(SnapshotError, match=name):

@@ -1,9 +1,8 @@
-"""Ray: embed a corpus, and write the shards of its memory in parallel."""
+"""Ray: embed a corpus, train its index, and write the shards of its memory in parallel."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,29 @@ import pyarrow as pa
 import ray
 
 from raexmc_ray.corpus import Corpus
-from raexmc_ray.embed import embed_keys, read_shard
+from raexmc_ray.embed import Embeddings, embed_keys
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import FileEntry, Folder
+from raexmc_ray.memory.index import use_threads
+from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.snapshot import publish_current
-from raexmc_ray.memory.write import SnapshotPlan, finish_snapshot, key_table, value_lists, write_shard
+from raexmc_ray.memory.write import (
+    SnapshotPlan,
+    finish_snapshot,
+    key_table,
+    sample_keys,
+    shards_before,
+    train,
+    trained_before,
+    write_shard,
+)
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
 
 STAGED = "staged"
 """Written into the folder of a given encoder once all of it is there."""
+BUILD_MEMORY = 1.3
+"""Memory of a build over that of the finished index."""
 
 
 def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
@@ -31,37 +43,60 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
     """
     storage = Folder.at(recipe.cluster.storage)
     tower = TextEncoder.load(encoder.path)
-    defaults = recipe.prediction.model_dump_json(by_alias=True)
-    plan = SnapshotPlan.of(storage / "memory", corpus, tower.fingerprint, recipe.memory, defaults)
+    plan = SnapshotPlan.of(storage / "memory", corpus, tower, recipe.memory, recipe.prediction)
     if plan.is_complete:
         publish_current(plan.memory, plan.id)
         return plan.id
     table = key_table(corpus)
-    embeddings = storage / "embeddings" / f"{tower.fingerprint[:16]}-{corpus.fingerprint[:16]}-{plan.shards}"
-    embed_keys(table, encoder, embeddings, plan.shards, recipe.encoder, recipe.cluster)
-    keys = ray.put((table, value_lists(corpus.train.relevance)))
-    pending = [_write_shard.remote(plan, shard, embeddings, keys) for shard in range(plan.shards)]
-    entries: dict[str, FileEntry] = {}
-    with Progress("build", plan.shards, "shards") as progress:
-        while pending:
-            (ready,), pending = ray.wait(pending, num_returns=1)
-            entries |= ray.get(ready)
-            progress.add(1)
+    dtype = np.dtype(np.float32 if plan.index.stores_float32 else np.float16)
+    name = f"{tower.fingerprint[:16]}-{corpus.fingerprint[:16]}-{plan.shards}-{dtype.name}"
+    embeddings = Embeddings(storage / "embeddings" / name, len(table), plan.shards, dtype.name)
+    embed_keys(table, encoder, embeddings, recipe.encoder, recipe.cluster)
+    trained, shards = write_shards(plan, table, embeddings, recipe.cluster.cpus_per_worker)
     settings: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
-    finish_snapshot(plan, corpus, tower, entries, recipe.memory, recipe.prediction, settings)
+    finish_snapshot(plan, corpus, tower, trained, shards, recipe.prediction, settings)
     return plan.id
+
+
+def write_shards(
+    plan: SnapshotPlan, table: pa.Table, embeddings: Embeddings, cpus: float
+) -> tuple[bytes, Iterable[dict[str, FileEntry]]]:
+    """Train the index and write those shards that are missing: (what they share, the manifest entries of each).
+
+    table: from `key_table`. cpus: of the task that trains, and of each that writes a shard.
+    """
+    threads = max(1, int(cpus))
+    trained = trained_before(plan)
+    if trained is None:
+        trained = ray.get(_train.options(num_cpus=cpus).remote(plan, embeddings, threads))
+    done = shards_before(plan)
+    missing = [shard for shard in range(plan.shards) if shard not in done]
+    if missing:
+        keys, shared = ray.put(table), ray.put(trained)
+        memory = BUILD_MEMORY * shard_bytes(plan.index, -(-len(table) // plan.shards))
+        write = _write_shard.options(num_cpus=cpus, memory=int(memory))
+        pending = {write.remote(plan, shard, shared, embeddings, keys, threads): shard for shard in missing}
+        with Progress("build", plan.shards, "shards", done=len(done)) as progress:
+            while pending:
+                (ready,), _ = ray.wait(list(pending), num_returns=1)
+                done[pending.pop(ready)] = ray.get(ready)
+                progress.add(1)
+    return trained, done.values()
+
+
+@ray.remote
+def _train(plan: SnapshotPlan, embeddings: Embeddings, threads: int) -> bytes:
+    use_threads(threads)
+    return train(plan, embeddings.take(sample_keys(plan, embeddings.keys)).astype(np.float32))
 
 
 @ray.remote
 def _write_shard(
-    plan: SnapshotPlan, shard: int, embeddings: Folder, keys: tuple[pa.Table, pa.LargeListArray]
+    plan: SnapshotPlan, shard: int, trained: bytes, embeddings: Embeddings, keys: pa.Table, threads: int
 ) -> dict[str, FileEntry]:
-    table, values = keys
-    mine = np.arange(shard, len(table), plan.shards)
-    parts = list(read_shard(embeddings, shard, len(table)))
-    assert np.array_equal(np.concatenate([ids for ids, _ in parts]), mine), "every key is embedded exactly once"
-    keys_ND = np.concatenate([vectors for _, vectors in parts])
-    return write_shard(plan, shard, keys_ND, table.take(mine), values.take(pa.array(mine)))
+    use_threads(threads)
+    mine = np.arange(shard, len(keys), plan.shards)
+    return write_shard(plan, shard, trained, keys.take(mine), lambda: embeddings.of_shard(shard))
 
 
 def stage_encoder(recipe: Recipe, model: str) -> Folder:
@@ -69,8 +104,7 @@ def stage_encoder(recipe: Recipe, model: str) -> Folder:
     tower = TextEncoder.load(model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
     target = Folder.at(recipe.cluster.storage) / "encoders" / f"given-{tower.fingerprint[:16]}"
     if (target / STAGED).size() is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            tower.save(scratch)
-            target.upload(Path(scratch))
+        with target.filling() as local:
+            tower.save(local)
         (target / STAGED).write(b"")
     return target

@@ -75,7 +75,7 @@ def best_cells(scores: np.ndarray, ids: np.ndarray, valid: np.ndarray, limit: in
     B, W = scores.shape
     if not limit or not W:
         return np.empty(0, np.int64)
-    if W > limit:
+    if limit < W:
         valued = np.where(valid, scores, np.float32(-np.inf))
         least = np.partition(valued, W - limit, axis=1)[:, W - limit, None]
         valid = valid & (valued >= least)

@@ -1,109 +1,353 @@
-"""The index of a shard: FAISS finds the candidates, and their scores are made exact.
+"""The index of a shard: one small interface over FAISS, exact to the last tie where the kind allows it.
 
-A score is the inner product in float64, rounded once to float32. FAISS's own float32 scores differ by up to
-5e-7 with the size of a batch, and it returns equal scores in no particular order; with exact scores the order
-(score descending, position ascending) is the same whatever the batch and however the keys are sharded.
+    flat        every key, float32: the exact reference
+    flat-fp16   every key, float16: half the bytes
+    flat-sq8    every key, a byte a number
+    ivf-fp16    keys in inverted lists by a coarse quantiser, float16; a query looks into the nearest lists only
+    ivf-pq      the same with 4-bit product codes, and the best of them rescored from float16 keys
+    hnsw        a graph of neighbours over float16 keys, one for each shard
+    factory:S   whatever FAISS's index factory makes of S
+
+All but hnsw see the same keys whatever the number of shards: what is trained (quantiser, codebooks) is trained
+once on a sample of the whole memory, and shared. Scores are inner products of the query with a key as it is
+stored, and do not change with the batch: a flat index's are made so (float64, rounded once), because FAISS's own
+float32 scores differ by up to 5e-7 between batch sizes; the others' are so by themselves.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import faiss
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 
+from raexmc_ray.recipe import MemorySection
+
+_faiss: Any = faiss
+"""For its classes whose constructors are made in Python, which no type checker sees."""
+INDEX, VECTORS = "index.faiss", "vectors.npy"
+SEED = 0
 SLACK = 16
 """Candidates beyond b in the first search; enough that the exact order of the best b is nearly always settled."""
 RESCORE_BYTES = 4 << 20
 """Keys in float64 held at once while scores are made exact: about a core's cache."""
+REFINED = 8
+"""Keys of `ivf-pq` that are rescored for each one that is wanted."""
+SAMPLE_PER_LIST, SAMPLE_LEAST = 64, 16384
+"""Keys that a quantiser is trained on: so many for each list, and so many at least."""
+GRAPH_LINKS = 32
+"""Links of a key in an hnsw graph (M)."""
 
 
-class FlatIndex:
-    """Every key is compared with every query: the exact reference."""
+class IndexSpec(BaseModel):
+    """A kind of index with its sizes settled."""
 
-    def __init__(self, index: faiss.IndexFlat) -> None:
-        self._index = index
-        self.dimension: int = index.d
-        if len(self):
-            flat = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d)
-            flat = flat.view()
-            flat.flags.writeable = False
-            self._keys_ND = flat.reshape(index.ntotal, index.d)
-        else:
-            self._keys_ND = np.empty((0, index.d), np.float32)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    kind: str
+    """flat, flat-fp16, flat-sq8, ivf-fp16, ivf-pq, hnsw, or factory:STRING."""
+    dimension: int
+    """d: numbers in a key."""
+    lists: int = 0
+    """Inverted lists of the coarse quantiser; 0 where the kind has none."""
+    probes: int = 0
+    """Lists that a query looks into (of an hnsw graph: keys on its search front)."""
+
+    @classmethod
+    def of(cls, section: MemorySection, keys: int, dimension: int) -> Self:
+        """What a recipe's section asks for, at this number of keys: about 2√keys lists unless they are given, and
+        1 in 32 of them probed, but 32 at least."""
+        kind = section.index
+        if kind.startswith("ivf"):
+            lists = section.lists or 2 ** round(math.log2(max(1.0, 2 * math.sqrt(keys))))
+            lists = min(lists, max(1, keys))
+            return cls(
+                kind=kind, dimension=dimension, lists=lists, probes=min(section.probes or max(32, lists // 32), lists)
+            )
+        return cls(kind=kind, dimension=dimension, probes=section.probes or (128 if kind == "hnsw" else 0))
+
+    @property
+    def sample(self) -> int:
+        """Keys to train on; 0 where there is nothing to train."""
+        if self.kind in ("flat", "flat-fp16", "hnsw"):
+            return 0
+        return max(SAMPLE_PER_LIST * self.lists, SAMPLE_LEAST)
+
+    @property
+    def subvectors(self) -> int:
+        """Parts of a key that `ivf-pq` codes with four bits each: of eight numbers, where d can be so divided."""
+        wanted = max(1, self.dimension // 8)
+        return next(parts for parts in range(wanted, 0, -1) if self.dimension % parts == 0)
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether a shard keeps its keys a second time, to rescore with."""
+        return self.kind == "ivf-pq"
+
+    @property
+    def stores_float32(self) -> bool:
+        """Whether embeddings must reach the index in float32; else half the bytes do."""
+        return self.kind == "flat" or self.kind.startswith("factory:")
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The inverted lists that each query looks into, best first, found once for all shards.
+
+    lists_Bp: int64. scores_Bp: float32, the query's inner products with their centroids.
+    """
+
+    lists_Bp: np.ndarray
+    scores_Bp: np.ndarray
+
+
+def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
+    """An empty FAISS index of this kind, trained on a sample of the whole memory: float32 [n, d], of unit length.
+
+    From a fixed seed, so that the same sample gives the same index. Raises ValueError for a factory string that
+    FAISS does not know.
+    """
+    d, metric = spec.dimension, faiss.METRIC_INNER_PRODUCT
+    fp16 = faiss.ScalarQuantizer.QT_fp16
+    if spec.kind.startswith("factory:"):
+        try:
+            index = faiss.index_factory(d, spec.kind.removeprefix("factory:"), metric)
+        except RuntimeError as error:
+            raise ValueError(f"memory.index is {spec.kind!r}: FAISS cannot make it: {_reason(error)}") from None
+    elif spec.kind == "flat":
+        index = faiss.IndexFlatIP(d)
+    elif spec.kind == "flat-fp16":
+        index = faiss.IndexScalarQuantizer(d, fp16, metric)
+    elif spec.kind == "flat-sq8":
+        index = faiss.IndexScalarQuantizer(d, faiss.ScalarQuantizer.QT_8bit, metric)
+    elif spec.kind == "hnsw":
+        index = _faiss.IndexHNSWSQ(d, fp16, GRAPH_LINKS, metric)
+    else:
+        index = _inverted_lists(spec, sample_ND)
+    if not index.is_trained:
+        index.train(_enough(sample_ND, 256))
+    return index
+
+
+def _inverted_lists(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
+    d = spec.dimension
+    means = _faiss.Kmeans(d, spec.lists, niter=10, spherical=True, seed=SEED, max_points_per_centroid=1 << 30)
+    means.cp.min_points_per_centroid = 1  # no warning on standard output: we chose
+    means.train(_enough(sample_ND, spec.lists))
+    quantizer: Any = faiss.IndexFlatIP(d)
+    quantizer.add(means.centroids)
+    index: Any
+    # Keys are stored as they are, not less their centroid: then a key's score does not depend on its list.
+    if spec.kind == "ivf-fp16":
+        arguments = (faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False)
+        index = faiss.IndexIVFScalarQuantizer(quantizer, d, spec.lists, *arguments)
+    else:
+        index = faiss.IndexIVFPQFastScan(quantizer, d, spec.lists, spec.subvectors, 4, faiss.METRIC_INNER_PRODUCT)
+        index.by_residual = False
+    quantizer.this.disown()  # it belongs to the index now
+    index.own_fields = True
+    return index
+
+
+def _enough(sample_ND: np.ndarray, least: int) -> np.ndarray:
+    """The sample, repeated where a small memory has fewer keys than FAISS wants to see."""
+    return np.resize(sample_ND, (least, sample_ND.shape[1])) if len(sample_ND) < least else sample_ND
+
+
+def build_index(folder: Path, trained: Any, spec: IndexSpec, rows: int, blocks: Callable[[], Iterable[Any]]) -> None:
+    """Write the index of `rows` keys into `folder`, in little more memory than it has itself.
+
+    trained: from `train_index`; it is filled. blocks: gives the keys in the order of their positions, float16 or
+    float32 [n, d] a block; it is called once, or twice for inverted lists: their sizes are counted before they
+    are filled, because lists that grow take up to twice the memory.
+    """
+    index = trained
+    if spec.kind.startswith("flat"):
+        index.codes.resize(rows * index.code_size)
+        codes = faiss.rev_swig_ptr(index.codes.data(), rows * index.code_size).reshape(rows, index.code_size)
+        for start, block_ND in _float_blocks(blocks()):
+            codes[start : start + len(block_ND)] = index.sa_encode(block_ND)
+        index.ntotal = rows
+    elif spec.kind == "ivf-fp16":
+        lists_N = np.empty(rows, np.int64)
+        for start, block_ND in _float_blocks(blocks()):
+            lists_N[start : start + len(block_ND)] = index.quantizer.search(block_ND, 1)[1][:, 0]
+        for number, size in enumerate(np.bincount(lists_N, minlength=index.nlist).tolist()):
+            index.invlists.resize(number, size)
+            index.invlists.resize(number, 0)  # what was reserved stays
+        for start, block_ND in _float_blocks(blocks()):
+            ids = np.arange(start, start + len(block_ND))
+            lists = lists_N[start : start + len(block_ND)]
+            index.add_core(len(ids), *(faiss.swig_ptr(array) for array in (block_ND, ids, lists)))
+    else:
+        vectors = None
+        if spec.has_vectors:
+            shape = (rows, spec.dimension)
+            vectors = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float16, shape)
+        for start, block_ND in _float_blocks(blocks()):
+            index.add(block_ND)
+            if vectors is not None:
+                vectors[start : start + len(block_ND)] = block_ND
+        if vectors is not None:
+            vectors.flush()
+    faiss.write_index(index, str(folder / INDEX))
+
+
+def _float_blocks(blocks: Iterable[np.ndarray]) -> Iterable[tuple[int, np.ndarray]]:
+    """(position of its first key, the block in float32, checked)."""
+    start = 0
+    for block_ND in blocks:
+        block = np.ascontiguousarray(block_ND, np.float32)
+        check_unit_rows(block, "keys", start)
+        yield start, block
+        start += len(block)
+
+
+class CoarseQuantizer:
+    """Says which inverted lists a query looks into: the same for every shard, so it is asked once."""
+
+    def __init__(self, trained: Any, probes: int) -> None:
+        self._index, self._probes = trained, probes
+
+    def assign(self, queries_BD: np.ndarray) -> Lists:
+        """The lists nearest to each query: float32 [B, d], of unit length."""
+        scores_Bp, lists_Bp = self._index.quantizer.search(np.ascontiguousarray(queries_BD), self._probes)
+        return Lists(lists_Bp, scores_Bp)
+
+
+def open_quantizer(path: Path, spec: IndexSpec) -> CoarseQuantizer | None:
+    """The quantiser of a trained index, or None where its kind has none."""
+    return CoarseQuantizer(faiss.read_index(str(path)), spec.probes) if spec.lists else None
+
+
+class ShardIndex:
+    """The keys of one shard, opened for searching by memory map: at once, pages shared by all processes."""
+
+    def __init__(self, folder: Path, spec: IndexSpec, shards: int) -> None:
+        """shards: of the whole memory, over which any query's neighbours are spread evenly."""
+        self._index = _faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_MMAP_IFC)
+        if self._index.d != spec.dimension:
+            raise ValueError(f"{folder / INDEX}: has dimension {self._index.d}, not {spec.dimension}")
+        self.spec, self._shards, self._keys_ND = spec, shards, None
+        if spec.has_vectors:
+            self._keys_ND = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        elif spec.kind == "flat" and len(self):
+            flat = faiss.rev_swig_ptr(self._index.get_xb(), len(self) * spec.dimension)
+            self._keys_ND = flat.view().reshape(len(self), spec.dimension)
+            self._keys_ND.flags.writeable = False
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
-    @classmethod
-    def build(cls, keys_ND: np.ndarray) -> FlatIndex:
-        """Index keys: float32 [N, d], finite, of unit length (the error bound of `search` rests on that)."""
-        check_unit_rows(keys_ND, "keys")
-        index = faiss.IndexFlatIP(keys_ND.shape[1])
-        index.add(np.ascontiguousarray(keys_ND))
-        return cls(index)
-
-    @classmethod
-    def read(cls, path: Path) -> FlatIndex:
-        """Open by memory map: at once, its pages shared by all processes of the machine, and read-only."""
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        if not isinstance(index, faiss.IndexFlat):
-            raise ValueError(f"{path}: expected a flat index, found {type(index).__name__}")
-        return cls(index)
-
-    def write(self, path: Path) -> None:
-        faiss.write_index(self._index, str(path))
-
-    def search(self, queries_BD: np.ndarray, b: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries_BD: np.ndarray, b: int, start: int, stop: int, lists: Lists | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The best b of the keys at positions start..stop-1 for each query.
 
-        queries_BD: float32, of unit length. Returns (positions_Bb int64, scores_Bb float32) in the order
-        (score descending, position ascending), with b cut to the number of keys there are.
+        queries_BD: float32, of unit length. lists: from the CoarseQuantizer, for kinds that have one. Returns
+        (positions_Bb int64, scores_Bb float32) in the order (score descending, position ascending), with b cut to
+        the number of keys there are; where lists hold fewer, position −1 and score −∞ stand at a row's end.
         """
         check_unit_rows(queries_BD, "queries")
         B, keys = len(queries_BD), stop - start
         b = min(b, keys)
-        positions_Bb = np.empty((B, b), np.int64)
-        scores_Bb = np.empty((B, b), np.float32)
+        positions_Bb = np.full((B, b), -1, np.int64)
+        scores_Bb = np.full((B, b), -np.inf, np.float32)
         if b == 0:
             return positions_Bb, scores_Bb
-        # |float32 inner product − exact| ≤ d·2⁻²⁴·‖q‖‖k‖, and as much again to be generous
-        error = 2 * self.dimension * 2.0**-24
-        parameters = faiss.SearchParameters(sel=faiss.IDSelectorRange(start, stop))  # type: ignore[call-arg]
-        width, open_rows = min(b + SLACK, keys), np.arange(B)
+        width, open_rows = min(self._first_width(b), keys), np.arange(B)
         while len(open_rows):
-            queries = queries_BD[open_rows]
-            coarse, found = self._index.search(queries, width, params=parameters)
-            exact = self._exact_scores(queries, found)
-            order = np.lexsort((found, -exact))[:, :b]
-            best = np.take_along_axis(exact, order, 1)
+            coarse, found = self._candidates(queries_BD[open_rows], width, start, stop, lists, open_rows)
+            scores = coarse if self._keys_ND is None else self._rescored(queries_BD[open_rows], found)
+            scores[found < 0] = -np.inf
+            order = np.lexsort((np.where(found < 0, keys, found), -scores))[:, :b]
+            best = np.take_along_axis(scores, order, 1)
             # A key that was not found scores at most `coarse[:, -1] + error`: it can neither beat nor tie.
-            settled = (width == keys) | (coarse[:, -1] + error < best[:, -1])
+            settled = (width == keys) | (found[:, -1] < 0) | (coarse[:, -1] + self._error < best[:, -1])
             rows = open_rows[settled]
-            positions_Bb[rows] = np.take_along_axis(found, order, 1)[settled]
-            scores_Bb[rows] = best[settled]
+            positions_Bb[rows, : best.shape[1]] = np.take_along_axis(found, order, 1)[settled]
+            scores_Bb[rows, : best.shape[1]] = best[settled]
             open_rows, width = open_rows[~settled], min(4 * width, keys)
         return positions_Bb, scores_Bb
 
-    def _exact_scores(self, queries_BD: np.ndarray, positions_Bw: np.ndarray) -> np.ndarray:
-        """float32 [B, w]: inner products in float64, rounded once."""
+    @property
+    def _error(self) -> float:
+        """How far a candidate's score may lie from the final one; −∞ where the search is approximate anyhow, and
+        the order at the boundary is not worth a second one."""
+        if self.spec.kind == "flat":  # |float32 inner product − exact| ≤ d·2⁻²⁴·‖q‖‖k‖, and as much again
+            return 2 * self.spec.dimension * 2.0**-24
+        return 0.0 if self.spec.kind in ("flat-fp16", "flat-sq8", "ivf-fp16") else -math.inf
+
+    def _first_width(self, b: int) -> int:
+        if not self.spec.has_vectors:
+            return b + SLACK
+        # Keys are dealt to shards by id, so that of the REFINED·b best of the memory a shard has its share, give
+        # or take: four standard deviations beyond it.
+        share = REFINED * b / self._shards
+        return math.ceil(share + 4 * math.sqrt(share)) if self._shards > 1 else REFINED * b
+
+    def _candidates(
+        self, queries_BD: np.ndarray, width: int, start: int, stop: int, lists: Lists | None, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(scores, positions) [B, width] as FAISS finds them, best first; −1 where lists hold fewer."""
+        select = {} if (start, stop) == (0, len(self)) else {"sel": faiss.IDSelectorRange(start, stop)}
+        if lists is None:
+            return self._index.search(queries_BD, width, params=self._parameters(width, select))
+        # The wrapper of search_preassigned takes no selector: the method beneath it does.
+        queries = np.ascontiguousarray(queries_BD, np.float32)
+        lists_Bp = np.ascontiguousarray(lists.lists_Bp[rows], np.int64)
+        centroid_scores_Bp = np.ascontiguousarray(lists.scores_Bp[rows], np.float32)
+        parameters = _faiss.SearchParametersIVF(nprobe=lists_Bp.shape[1], **select)
+        scores, found = np.empty((len(queries), width), np.float32), np.empty((len(queries), width), np.int64)
+        pointers = [faiss.swig_ptr(array) for array in (lists_Bp, centroid_scores_Bp, scores, found)]
+        self._index.search_preassigned_c(len(queries), faiss.swig_ptr(queries), width, *pointers, False, parameters)
+        return scores, found
+
+    def _parameters(self, width: int, select: dict[str, Any]) -> Any:
+        """What FAISS wants to hear beside the queries: each family of indexes has a class of its own for it."""
+        if self.spec.kind == "hnsw":
+            return _faiss.SearchParametersHNSW(efSearch=max(self.spec.probes, 2 * width), **select)
+        if not select:
+            return None
+        if isinstance(self._index, faiss.IndexIVF):  # of a factory string
+            return _faiss.SearchParametersIVF(nprobe=self._index.nprobe, **select)
+        return _faiss.SearchParameters(**select)
+
+    def _rescored(self, queries_BD: np.ndarray, positions_Bw: np.ndarray) -> np.ndarray:
+        """float32 [B, w]: inner products with the keys kept for it; float64 rounded once where they are float32."""
+        assert self._keys_ND is not None
+        exact = torch.float64 if self._keys_ND.dtype == np.float32 else torch.float32
         scores = np.empty(positions_Bw.shape, np.float32)
-        step = max(1, RESCORE_BYTES // (positions_Bw.shape[1] * self.dimension * 8))
+        step = max(1, RESCORE_BYTES // (positions_Bw.shape[1] * self.spec.dimension * exact.itemsize))
         for first in range(0, len(queries_BD), step):
             part = slice(first, first + step)
-            keys = torch.from_numpy(self._keys_ND[positions_Bw[part]]).double()
-            queries = torch.from_numpy(queries_BD[part]).double()
+            keys = torch.from_numpy(self._keys_ND[positions_Bw[part]]).to(exact)
+            queries = torch.from_numpy(queries_BD[part]).to(exact)
             scores[part] = torch.bmm(keys, queries.unsqueeze(2)).squeeze(2).numpy()
         return scores
 
 
-def check_unit_rows(rows_ND: np.ndarray, what: str) -> None:
-    """Raise ValueError unless `rows_ND` is float32 [N, d] with finite rows of unit length."""
+def use_threads(threads: int) -> None:
+    """Give FAISS so many threads in this process: one a CPU that it owns, or it stalls (faiss#2502)."""
+    faiss.omp_set_num_threads(threads)
+
+
+def check_unit_rows(rows_ND: np.ndarray, what: str, first: int = 0) -> None:
+    """Raise ValueError unless `rows_ND` is float32 [N, d] with finite rows of unit length; row 0 is called `first`."""
     if rows_ND.ndim != 2 or rows_ND.dtype != np.float32:
         raise ValueError(f"{what} must be float32 [rows, d]; found {rows_ND.dtype} {rows_ND.shape}")
     squares = np.einsum("nd,nd->n", rows_ND, rows_ND)
     wrong = ~(np.abs(squares - 1) < 1e-3)  # NaN is wrong too
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        raise ValueError(f"{what} must be of unit length: row {row} has length {squares[row] ** 0.5:.4g}")
+        raise ValueError(f"{what} must be of unit length: row {first + row} has length {squares[row] ** 0.5:.4g}")
+
+
+def _reason(error: RuntimeError) -> str:
+    """FAISS's own words, without its source lines."""
+    return str(error).rpartition(": ")[2]

@@ -13,7 +13,9 @@ import ray
 from raexmc_ray.files import Folder
 from raexmc_ray.local import Memory
 from raexmc_ray.memory.hits import Hits, merge_hits
-from raexmc_ray.memory.shard import Shard, join_keys, use_threads
+from raexmc_ray.memory.index import Lists, use_threads
+from raexmc_ray.memory.plan import shard_bytes
+from raexmc_ray.memory.shard import Shard, join_keys
 from raexmc_ray.memory.snapshot import Snapshot, open_snapshot
 from raexmc_ray.recipe import Neighbours
 
@@ -25,16 +27,18 @@ class ShardUnavailableError(RuntimeError):
     """A shard did not answer. An answer without it would be partial, so there is none."""
 
 
-@ray.remote(max_restarts=3, max_task_retries=2, scheduling_strategy="SPREAD")
+@ray.remote(max_restarts=-1, max_task_retries=2, scheduling_strategy="SPREAD")
 class ShardActor:
     """One shard in a process of its own. Killed, it comes back from the snapshot, and the call is made again."""
 
-    def __init__(self, memory: Folder, snapshot: str, shard: int) -> None:
-        use_threads(1)
-        self._shard = Shard(open_snapshot(memory, snapshot), shard)
+    def __init__(self, memory: Folder, snapshot: str, shard: int, threads: int) -> None:
+        use_threads(threads)
+        # Its first life read every byte against its checksum; the next ones must be there in no time.
+        verify = not ray.get_runtime_context().was_current_actor_reconstructed
+        self._shard = Shard(open_snapshot(memory, snapshot), shard, verify=verify)
 
-    def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
-        return self._shard.search(queries_BD, neighbours)
+    def search(self, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None) -> Hits:
+        return self._shard.search(queries_BD, neighbours, lists)
 
     def keys(self, key_ids: np.ndarray) -> pa.Table:
         return self._shard.keys(key_ids)
@@ -48,11 +52,16 @@ class ShardPool:
     """All shards of a snapshot, each in an actor; a context manager that ends them."""
 
     def __init__(self, memory: Folder, snapshot: Snapshot, *, cpus: float = 0.25, timeout_s: float = 120.0) -> None:
-        """cpus: what each actor reserves. timeout_s: after which a call gives up on a shard."""
+        """cpus: what each actor reserves; it searches with as many threads, one at least. timeout_s: after which a
+        call gives up on a shard."""
         self._timeout_s = timeout_s
-        make = ShardActor.options(num_cpus=cpus)  # type: ignore[attr-defined]
+        self._quantizer = snapshot.quantizer()
         manifest = snapshot.manifest
-        self.actors = [make.remote(memory, manifest.id, shard) for shard in range(manifest.shards)]
+        # Ray sees none of FAISS's memory: it must be told.
+        needed = shard_bytes(manifest.index, -(-manifest.keys // manifest.shards))
+        make = ShardActor.options(num_cpus=cpus, memory=needed)  # type: ignore[attr-defined]
+        threads = max(1, int(cpus))
+        self.actors = [make.remote(memory, manifest.id, shard, threads) for shard in range(manifest.shards)]
         self._call("pid")  # wait until all shards are open
 
     def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
@@ -60,8 +69,9 @@ class ShardPool:
 
         Raises ShardUnavailableError, which names the shard, rather than answer without it.
         """
+        lists = self._quantizer.assign(queries_BD) if self._quantizer else None
         queries = ray.put(queries_BD) if queries_BD.nbytes > PUT_ABOVE_BYTES else queries_BD
-        return merge_hits(self._call("search", queries, neighbours), neighbours)
+        return merge_hits(self._call("search", queries, neighbours, lists), neighbours)
 
     def keys(self, key_ids: np.ndarray) -> dict[int, dict[str, str]]:
         """{key id: {"kind", "uid", "text"}} of these keys."""

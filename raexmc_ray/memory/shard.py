@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-import pyarrow.parquet as pq
 
 from raexmc_ray.memory.hits import Hits, merge_hits
-from raexmc_ray.memory.index import FlatIndex
+from raexmc_ray.memory.index import INDEX, VECTORS, Lists, ShardIndex
 from raexmc_ray.memory.snapshot import Snapshot, SnapshotError, shard_file
 from raexmc_ray.ragged import ragged_take
 from raexmc_ray.recipe import Neighbours
 
-INDEX, VALUES, KEYS = "index.faiss", "values.arrow", "keys.parquet"
+KEYS = "keys.arrow"
 INSTANCE, LABEL = "instance", "label"
 
 
@@ -26,41 +25,52 @@ class Shard:
 
     def __init__(self, snapshot: Snapshot, shard: int, *, verify: bool = True) -> None:
         """verify: read every byte against its checksum first (sizes are checked in any case)."""
-        segments = snapshot.manifest.segments
-        if len(segments) != 1:
-            raise SnapshotError(f"{snapshot.folder}: has {len(segments)} segments; this version reads one")
-        if not 0 <= shard < snapshot.manifest.shards:
-            raise ValueError(f"there is no shard {shard}: the memory has {snapshot.manifest.shards}")
-        paths = {name: snapshot.file(shard_file(segments[0], shard, name), verify) for name in (INDEX, VALUES, KEYS)}
-        self.snapshot = snapshot.manifest.id
-        self._index = FlatIndex.read(paths[INDEX])
-        with pa.memory_map(str(paths[VALUES])) as source:
-            values = pa.ipc.open_file(source).read_all()["labels"].combine_chunks()
-        self._vote_offsets = np.asarray(values.offsets, np.int64)
-        self._votes = np.asarray(values.values, np.int32)
-        self._keys = pq.read_table(paths[KEYS], memory_map=True).combine_chunks()
-        self._key_ids = np.asarray(self._keys["key_id"], np.int64)
-        self._instances = int(np.searchsorted(self._key_ids, snapshot.manifest.instances))
-        counts = {INDEX: len(self._index), VALUES: len(self._vote_offsets) - 1, KEYS: len(self._keys)}
-        if len(set(counts.values())) != 1:
-            raise SnapshotError(f"{paths[INDEX].parent}: files of different lengths: {counts}")
+        manifest = snapshot.manifest
+        if len(manifest.segments) != 1:
+            raise SnapshotError(f"{snapshot.folder}: has {len(manifest.segments)} segments; this version reads one")
+        if not 0 <= shard < manifest.shards:
+            raise ValueError(f"there is no shard {shard}: the memory has {manifest.shards}")
+        names = [INDEX, KEYS, VECTORS] if manifest.index.has_vectors else [INDEX, KEYS]
+        paths = [snapshot.file(shard_file(manifest.segments[0], shard, name), verify) for name in names]
+        self.snapshot = manifest.id
+        self._index = ShardIndex(paths[0].parent, manifest.index, manifest.shards)
+        self._keys = read_keys(paths[1])
+        if len(self._index) != len(self._keys):
+            raise SnapshotError(f"{paths[0].parent}: {len(self._index)} keys in the index, {len(self._keys)} beside it")
+        self._key_ids = self._keys["key_id"].chunk(0).to_numpy()
+        values = self._keys["labels"].chunk(0)
+        self._vote_offsets, self._votes = values.offsets.to_numpy(), values.values.to_numpy()
+        self._instances = int(np.searchsorted(self._key_ids, manifest.instances))
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
-        """This shard's best keys for each query: float32 [B, d], of unit length."""
+    def search(self, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None = None) -> Hits:
+        """This shard's best keys for each query: float32 [B, d], of unit length.
+
+        lists: from the snapshot's quantiser, for kinds of index that have one.
+        """
         if neighbours.joint is not None:
-            return self._search(queries_BD, neighbours.joint, 0, len(self))
-        instances = self._search(queries_BD, neighbours.instances or 0, 0, self._instances)
-        labels = self._search(queries_BD, neighbours.labels or 0, self._instances, len(self))
+            return self._search(queries_BD, neighbours.joint, 0, len(self), lists)
+        instances = self._search(queries_BD, neighbours.instances or 0, 0, self._instances, lists)
+        labels = self._search(queries_BD, neighbours.labels or 0, self._instances, len(self), lists)
         return merge_hits([instances, labels], neighbours)
 
-    def _search(self, queries_BD: np.ndarray, b: int, start: int, stop: int) -> Hits:
-        positions_Bb, scores_Bb = self._index.search(queries_BD, b, start, stop)
-        votes, offsets = ragged_take(self._votes, self._vote_offsets, positions_Bb.ravel())
-        is_label_Bb = positions_Bb >= self._instances
-        return Hits(self._key_ids[positions_Bb], scores_Bb, is_label_Bb, votes, offsets, self.snapshot)
+    def _search(self, queries_BD: np.ndarray, b: int, start: int, stop: int, lists: Lists | None) -> Hits:
+        positions_Bb, scores_Bb = self._index.search(queries_BD, b, start, stop, lists)
+        found = positions_Bb.ravel() >= 0
+        positions = positions_Bb.ravel()[found]
+        votes, offsets = ragged_take(self._votes, self._vote_offsets, positions)
+        key_ids, lengths = np.full(found.shape, -1, np.int64), np.zeros(found.shape, np.int64)
+        key_ids[found], lengths[found] = self._key_ids[positions], np.diff(offsets)
+        return Hits(
+            key_ids.reshape(positions_Bb.shape),
+            scores_Bb,
+            positions_Bb >= self._instances,
+            votes,
+            np.concatenate([[0], np.cumsum(lengths)]),
+            self.snapshot,
+        )
 
     def keys(self, key_ids: np.ndarray) -> pa.Table:
         """The rows (key_id, kind, uid, text) of those of `key_ids` that lie in this shard, in id order."""
@@ -68,12 +78,13 @@ class Shard:
         positions = np.searchsorted(self._key_ids, ids)
         inside = positions < len(self)
         positions, ids = positions[inside], ids[inside]
-        return self._keys.take(positions[self._key_ids[positions] == ids])
+        return self._keys.drop_columns(["labels"]).take(positions[self._key_ids[positions] == ids])
 
 
-def use_threads(threads: int) -> None:
-    """Give FAISS so many threads in this process: one a CPU that it owns, or it stalls (faiss#2502)."""
-    faiss.omp_set_num_threads(threads)
+def read_keys(path: Path) -> pa.Table:
+    """The keys of a shard by memory map: (key_id, kind, uid, text, labels), in one batch."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
 
 
 def join_keys(parts: Sequence[pa.Table]) -> dict[int, dict[str, str]]:
@@ -97,10 +108,12 @@ class LocalShards:
     """All shards of a snapshot in this process."""
 
     def __init__(self, snapshot: Snapshot, *, verify: bool = True) -> None:
+        self._quantizer = snapshot.quantizer(verify)
         self._shards = [Shard(snapshot, i, verify=verify) for i in range(snapshot.manifest.shards)]
 
     def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
-        return merge_hits([shard.search(queries_BD, neighbours) for shard in self._shards], neighbours)
+        lists = self._quantizer.assign(queries_BD) if self._quantizer else None
+        return merge_hits([shard.search(queries_BD, neighbours, lists) for shard in self._shards], neighbours)
 
     def keys(self, key_ids: np.ndarray) -> dict[int, dict[str, str]]:
         return join_keys([shard.keys(key_ids) for shard in self._shards])

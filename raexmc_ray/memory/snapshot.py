@@ -6,11 +6,15 @@
         manifest.json            what is in it, with size and sha256 of every file; written last
         encoder/                 safetensors, tokenizer, config
         labels.parquet           index, uid, text
-        segments/0000/shard-0000/
-          index.faiss            embeddings
-          values.arrow           CSR: the labels that each key votes for
-          keys.parquet           key_id, kind, uid, text
+        segments/0000/
+          trained.faiss          what all shards share: the coarse quantiser and codebooks
+          shard-0000/
+            index.faiss          embeddings
+            vectors.npy          of `ivf-pq`: float16 embeddings to rescore with
+            keys.arrow           key_id, kind, uid, text, labels (those that the key votes for)
+            files.json           size and sha256 of these: the shard is whole
 
+Keys are an Arrow file, not Parquet: it is opened by memory map in no time, and read where it is asked.
 A snapshot is a list of segments; a build makes one. Readers refuse what is torn, altered, foreign or too new,
 naming the file. Nothing in a snapshot is code.
 """
@@ -28,12 +32,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import FileEntry, Folder
+from raexmc_ray.memory.index import CoarseQuantizer, IndexSpec, open_quantizer
 from raexmc_ray.recipe import PredictionSection
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LABELS = "labels.parquet"
 ENCODER = "encoder"
+TRAINED = "trained.faiss"
 
 
 class SnapshotError(ValueError):
@@ -53,8 +59,8 @@ class Manifest(BaseModel):
     dimension: int
     """Numbers in a key."""
     shards: int
-    index: str
-    """Kind of FAISS index."""
+    index: IndexSpec
+    """Kind of index, with its sizes."""
     segments: list[str]
     """Names of the segments, in the order in which they were added."""
     encoder_fingerprint: str
@@ -103,6 +109,12 @@ class Snapshot:
                 f"that made the keys ({self.manifest.encoder_fingerprint[:12]}): build the memory again"
             )
         return encoder
+
+    def quantizer(self, verify: bool = True) -> CoarseQuantizer | None:
+        """What says which inverted lists a query looks into; None where the index has none."""
+        if not self.manifest.index.lists:
+            return None
+        return open_quantizer(self.file(f"segments/{self.manifest.segments[0]}/{TRAINED}", verify), self.manifest.index)
 
     def _cache_for(self, name: str) -> Path:
         if self.folder.is_local:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
@@ -17,11 +19,12 @@ import scipy.sparse as sp
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import FileEntry, Folder, describe_file
-from raexmc_ray.memory.index import FlatIndex
-from raexmc_ray.memory.shard import INDEX, INSTANCE, KEYS, LABEL, VALUES
+from raexmc_ray.memory.index import INDEX, VECTORS, IndexSpec, build_index, train_index
+from raexmc_ray.memory.shard import INSTANCE, KEYS, LABEL
 from raexmc_ray.memory.snapshot import (
     ENCODER,
     LABELS,
+    TRAINED,
     Manifest,
     is_complete,
     publish,
@@ -34,23 +37,30 @@ from raexmc_ray.recipe import MemorySection, PredictionSection
 SEGMENT = "0000"
 
 
+SAMPLE_SEED = 0
+
+
 def key_table(corpus: Corpus) -> pa.Table:
-    """All keys of a corpus in id order, instances first: key_id int64, kind, uid, text."""
-    instances, labels = len(corpus.train), len(corpus.labels)
-    texts = pa.concat_tables([corpus.train.texts, corpus.labels]).combine_chunks()
+    """All keys of a corpus in id order, instances first: key_id int64, kind, uid, text, labels (those that the key
+    votes for: an instance for its labels, a label for itself)."""
+    relevance: sp.csr_matrix = corpus.train.relevance
+    instances, labels = relevance.shape
+    texts = pa.concat_tables([corpus.train.texts, corpus.labels])
     kinds = pa.DictionaryArray.from_arrays(
         np.repeat(np.array([0, 1], np.int8), [instances, labels]), pa.array([INSTANCE, LABEL])
     )
-    ids = pa.array(np.arange(instances + labels, dtype=np.int64))
-    return pa.table({"key_id": ids, "kind": kinds, "uid": texts["uid"], "text": texts["text"]})
-
-
-def value_lists(relevance: sp.csr_matrix) -> pa.LargeListArray:
-    """For each key the labels that it votes for: an instance for its labels, a label for itself."""
-    labels = relevance.shape[1]
     votes = np.concatenate([relevance.indices, np.arange(labels)]).astype(np.int32)
     offsets = np.concatenate([relevance.indptr.astype(np.int64), relevance.nnz + 1 + np.arange(labels)])
-    return pa.LargeListArray.from_arrays(offsets, votes)
+    # Large strings: with plain ones, two gigabytes of text are the most that a shard could have.
+    return pa.table(
+        {
+            "key_id": pa.array(np.arange(instances + labels, dtype=np.int64)),
+            "kind": kinds,
+            "uid": texts["uid"].cast(pa.large_string()),
+            "text": texts["text"].cast(pa.large_string()),
+            "labels": pa.LargeListArray.from_arrays(offsets, votes),
+        }
+    ).combine_chunks()
 
 
 @dataclass(frozen=True)
@@ -60,61 +70,111 @@ class SnapshotPlan:
     memory: Folder
     id: str
     shards: int
+    index: IndexSpec
 
     @classmethod
     def of(
-        cls, memory: Folder, corpus: Corpus, fingerprint: str, settings: MemorySection, defaults: str
+        cls,
+        memory: Folder,
+        corpus: Corpus,
+        encoder: TextEncoder,
+        settings: MemorySection,
+        defaults: PredictionSection,
     ) -> SnapshotPlan:
-        parts = [corpus.fingerprint, fingerprint, str(settings.shards), settings.index, defaults]
-        return cls(memory, snapshot_id(parts), settings.shards)
+        index = IndexSpec.of(settings, len(corpus.train) + len(corpus.labels), encoder.dimension)
+        parts = [corpus.fingerprint, encoder.fingerprint, str(settings.shards), index.model_dump_json()]
+        parts.append(defaults.model_dump_json(by_alias=True))
+        return cls(memory, snapshot_id(parts), settings.shards, index)
 
     @property
     def folder(self) -> Folder:
         return self.memory / "snapshots" / self.id
 
     @property
+    def work(self) -> Folder:
+        """What a build that was stopped finds again; it is removed when the snapshot is published."""
+        return self.memory / "building" / self.id
+
+    @property
     def is_complete(self) -> bool:
         return is_complete(self.memory, self.id)
 
 
+def sample_keys(plan: SnapshotPlan, keys: int) -> np.ndarray:
+    """int64, sorted: ids of the keys that the index is trained on, the same ones each time."""
+    size = min(plan.index.sample, keys)
+    return np.sort(np.random.default_rng(SAMPLE_SEED).choice(keys, size, replace=False))
+
+
+def train(plan: SnapshotPlan, sample_ND: np.ndarray) -> bytes:
+    """What all shards share, an empty trained index in FAISS's format, from the keys of `sample_keys`: float32."""
+    trained = faiss.serialize_index(train_index(plan.index, sample_ND)).tobytes()
+    (plan.work / TRAINED).write(trained)
+    return trained
+
+
+def trained_before(plan: SnapshotPlan) -> bytes | None:
+    """What `train` made in a run that was stopped."""
+    file = plan.work / TRAINED
+    return None if file.size() is None else file.read()
+
+
 def write_shard(
-    plan: SnapshotPlan, shard: int, keys_ND: np.ndarray, table: pa.Table, values: pa.LargeListArray
+    plan: SnapshotPlan, shard: int, trained: bytes, table: pa.Table, blocks: Callable[[], Iterable[np.ndarray]]
 ) -> dict[str, FileEntry]:
     """Write one shard's files; returns their manifest entries.
 
-    keys_ND, table, values: the keys with id ≡ shard (mod shards), in id order.
+    table: from `key_table`, the keys with id ≡ shard (mod shards), in id order. blocks: gives their embeddings in
+    the same order, as `build_index` takes them.
     """
-    assert len(keys_ND) == len(table) == len(values)
-    with tempfile.TemporaryDirectory(prefix="raexmc-shard-") as scratch:
-        local = Path(scratch)
-        FlatIndex.build(keys_ND).write(local / INDEX)
-        pq.write_table(table, local / KEYS)
-        column = pa.table({"labels": values})
-        with pa.ipc.new_file(str(local / VALUES), column.schema) as writer:
-            writer.write_table(column)
-        names = [INDEX, KEYS, VALUES]
+    name = f"segments/{SEGMENT}/shard-{shard:04d}"
+    with (plan.folder / name).filling() as local:
+        index = faiss.deserialize_index(np.frombuffer(trained, np.uint8))
+        build_index(local, index, plan.index, len(table), blocks)
+        (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+        with pa.ipc.new_file(str(local / KEYS), batch.schema) as writer:
+            writer.write_batch(batch)
+        names = [INDEX, KEYS, VECTORS] if plan.index.has_vectors else [INDEX, KEYS]
         entries = {shard_file(SEGMENT, shard, name): describe_file(local / name) for name in names}
-        (plan.folder / f"segments/{SEGMENT}/shard-{shard:04d}").upload(local)
+    content = {name: entry.model_dump() for name, entry in entries.items()}
+    (plan.work / f"shard-{shard:04d}.json").write(json.dumps(content).encode())
     return entries
+
+
+def shards_before(plan: SnapshotPlan) -> dict[int, dict[str, FileEntry]]:
+    """{shard: its manifest entries} of the shards that a run that was stopped has written to their end."""
+    done = {}
+    for shard in range(plan.shards):
+        file = plan.work / f"shard-{shard:04d}.json"
+        if file.size() is not None:
+            entries = {name: FileEntry(**entry) for name, entry in json.loads(file.read()).items()}
+            if all((plan.folder / name).size() == entry.size for name, entry in entries.items()):
+                done[shard] = entries
+    return done
 
 
 def finish_snapshot(
     plan: SnapshotPlan,
     corpus: Corpus,
     encoder: TextEncoder,
-    entries: Mapping[str, FileEntry],
-    settings: MemorySection,
+    trained: bytes,
+    shards: Iterable[dict[str, FileEntry]],
     defaults: PredictionSection,
     recipe: dict[str, object] | None,
 ) -> None:
-    """Add the encoder and the labels to the shards that `entries` lists, and publish the snapshot."""
-    with tempfile.TemporaryDirectory(prefix="raexmc-snapshot-") as scratch:
-        local = Path(scratch)
+    """Add what the shards share, the encoder and the labels to the shards' files, and publish the snapshot."""
+    with plan.folder.filling() as local:
         encoder.save(local / ENCODER)
+        names = [LABELS, *(f"{ENCODER}/{path.name}" for path in sorted((local / ENCODER).iterdir()))]
         index = pa.array(np.arange(len(corpus.labels), dtype=np.int64))
         pq.write_table(corpus.labels.add_column(0, "index", index), local / LABELS)
-        files = {str(p.relative_to(local)): describe_file(p) for p in sorted(local.rglob("*")) if p.is_file()}
-        plan.folder.upload(local)
+        if plan.index.lists:
+            names.append(f"segments/{SEGMENT}/{TRAINED}")
+            (local / names[-1]).parent.mkdir(parents=True, exist_ok=True)
+            (local / names[-1]).write_bytes(trained)
+        files = {name: describe_file(local / name) for name in names}
+    for entries in shards:
+        files |= entries
     manifest = Manifest(
         id=plan.id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,14 +182,19 @@ def finish_snapshot(
         labels=len(corpus.labels),
         dimension=encoder.dimension,
         shards=plan.shards,
-        index=settings.index,
+        index=plan.index,
         segments=[SEGMENT],
         encoder_fingerprint=encoder.fingerprint,
         defaults=defaults,
         recipe=recipe,
-        files={**files, **entries},
+        files=files,
     )
     publish(plan.memory, manifest)
+    plan.work.remove()
+
+
+def _one_block(keys_ND: np.ndarray) -> list[np.ndarray]:
+    return [keys_ND]
 
 
 def build_memory(
@@ -145,17 +210,16 @@ def build_memory(
     or URL. settings: shards and index. defaults: λ, temperature, neighbours and k of predictions.
     """
     settings, defaults = settings or MemorySection(), defaults or PredictionSection()
-    plan = SnapshotPlan.of(
-        Folder.at(memory), corpus, encoder.fingerprint, settings, defaults.model_dump_json(by_alias=True)
-    )
+    plan = SnapshotPlan.of(Folder.at(memory), corpus, encoder, settings, defaults)
     if plan.is_complete:  # readers have its files mapped: they are never written again
         publish_current(plan.memory, plan.id)
         return plan.id
-    table, values = key_table(corpus), value_lists(corpus.train.relevance)
+    table = key_table(corpus)
     keys_ND = encoder.encode(table["text"].to_pylist())
-    entries: dict[str, FileEntry] = {}
+    trained = train(plan, keys_ND[sample_keys(plan, len(keys_ND))])
+    shards = []
     for shard in range(plan.shards):
         mine = np.arange(shard, len(table), plan.shards)
-        entries |= write_shard(plan, shard, keys_ND[mine], table.take(mine), values.take(pa.array(mine)))
-    finish_snapshot(plan, corpus, encoder, entries, settings, defaults, None)
+        shards.append(write_shard(plan, shard, trained, table.take(mine), partial(_one_block, keys_ND[mine])))
+    finish_snapshot(plan, corpus, encoder, trained, shards, defaults, None)
     return plan.id

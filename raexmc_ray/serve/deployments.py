@@ -20,7 +20,8 @@ from raexmc_ray.embed import use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.local import override
 from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, merge_hits
-from raexmc_ray.memory.shard import Shard, join_keys, use_threads
+from raexmc_ray.memory.index import Lists, use_threads
+from raexmc_ray.memory.shard import Shard, join_keys
 from raexmc_ray.memory.snapshot import LABELS, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours
@@ -53,8 +54,8 @@ class MemoryShard:
         use_threads(1)
         self._shard = Shard(open_snapshot(memory, snapshot), shard)
 
-    async def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
-        return await asyncio.to_thread(self._shard.search, queries_BD, neighbours)
+    async def search(self, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None) -> Hits:
+        return await asyncio.to_thread(self._shard.search, queries_BD, neighbours, lists)
 
     def keys(self, key_ids: np.ndarray) -> pa.Table:
         return self._shard.keys(key_ids)
@@ -110,6 +111,7 @@ class Ingress:
         opened = open_snapshot(memory, snapshot)
         self._manifest = opened.manifest
         self._labels = pq.read_table(opened.file(LABELS))
+        self._quantizer = opened.quantizer()
         self._encoder, self._shards, self._timeout_s = encoder, shards, timeout_s
 
     @api.post("/v1/predict", responses=ERRORS)
@@ -122,8 +124,9 @@ class Ingress:
             )
             queries_BD = await self._encoder.encode.remote(request.texts)
             encoded = time.perf_counter()
+            lists = self._quantizer.assign(queries_BD) if self._quantizer else None
             parts = await asyncio.gather(
-                *(shard.search.remote(queries_BD, settings.neighbours) for shard in self._shards)
+                *(shard.search.remote(queries_BD, settings.neighbours, lists) for shard in self._shards)
             )
             searched = time.perf_counter()
             hits = merge_hits(parts, settings.neighbours)

@@ -1,0 +1,145 @@
+"""Every kind of index behind the one search: sharding is invisible, and what is approximate finds nearly all."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import publish_keys, random_relevance, tied_rows, unit_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raexmc_ray.memory.hits import Hits
+from raexmc_ray.memory.index import IndexSpec, build_index, train_index
+from raexmc_ray.memory.plan import shard_bytes
+from raexmc_ray.memory.shard import LocalShards
+from raexmc_ray.recipe import INDEX_KINDS, MemorySection, Neighbours
+
+SAME_WHATEVER_THE_SHARDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16")
+ALL = [*INDEX_KINDS, "factory:IVF4,SQ8", "factory:Flat"]
+
+
+def clustered(rng: np.random.Generator, rows: int, d: int, clusters: int) -> np.ndarray:
+    centres = rng.normal(size=(clusters, d))
+    vectors = centres[rng.integers(clusters, size=rows)] + 0.5 * rng.normal(size=(rows, d))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def memory_of(keys: np.ndarray, instances: int, shards: int, section: MemorySection, folder: str | Path) -> LocalShards:
+    relevance = random_relevance(np.random.default_rng(0), instances, len(keys) - instances)
+    return LocalShards(publish_keys(Path(folder) / str(shards), keys, relevance, shards, settings=section))
+
+
+def equal(left: Hits, right: Hits) -> bool:
+    names = ("key_ids_Bb", "scores_Bb", "is_label_Bb", "votes", "vote_offsets")
+    return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in names)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(SAME_WHATEVER_THE_SHARDS),
+    instances=st.integers(1, 150),
+    labels=st.integers(1, 60),
+    shards=st.integers(2, 9),
+    b=st.integers(1, 120),
+    ties=st.booleans(),
+)
+def test_sharding_is_invisible(
+    seed: int, kind: str, instances: int, labels: int, shards: int, b: int, ties: bool
+) -> None:
+    """Duplicated keys, b beyond a shard, empty shards, labels without an instance and the other way round."""
+    rng = np.random.default_rng(seed)
+    keys = tied_rows(rng, instances + labels) if ties else unit_rows(rng, instances + labels, 16)
+    keys[rng.integers(len(keys), size=len(keys) // 3)] = keys[0]
+    queries = np.concatenate([keys[-3:], tied_rows(rng, 2) if ties else unit_rows(rng, 2, 16)])
+    section = MemorySection(index=kind, **({"lists": min(7, len(keys)), "probes": 3} if kind == "ivf-fp16" else {}))
+    with tempfile.TemporaryDirectory() as folder:
+        one, many = (memory_of(keys, instances, n, section, folder) for n in (1, shards))
+        for neighbours in (Neighbours(joint=b), Neighbours(instances=b, labels=2), Neighbours(labels=b)):
+            hits = many.search(queries, neighbours)
+            assert equal(hits, one.search(queries, neighbours))
+            assert equal(many.search(queries[:1], neighbours), one.search(queries[:1], neighbours)), (
+                "whatever the batch"
+            )
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_nearly_all_are_found_whatever_the_kind(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    keys, instances = clustered(rng, 4000, 64, 60), 2500
+    queries = clustered(np.random.default_rng(0), 40, 64, 60)
+    section = MemorySection(index=kind, probes=40 if kind.startswith("ivf") else None)
+    memory = memory_of(keys, instances, 3, section, tmp_path)
+    exact = queries.astype(np.float64) @ keys.T.astype(np.float64)
+    for neighbours, first, stop in (
+        (Neighbours(joint=50), 0, 4000),
+        (Neighbours(instances=50, labels=0), 0, instances),
+        (Neighbours(instances=0, labels=50), instances, 4000),
+    ):
+        hits = memory.search(queries, neighbours)
+        wanted = first + np.argsort(-exact[:, first:stop], axis=1)[:, :50]
+        recall = np.mean([np.isin(got, want).mean() for got, want in zip(hits.key_ids_Bb, wanted, strict=True)])
+        assert recall >= (0.2 if kind.startswith("factory:IVF") else 0.95)  # of 4 lists a factory index sees one
+        found = hits.key_ids_Bb >= 0
+        assert ((hits.key_ids_Bb >= first) & (hits.key_ids_Bb < stop))[found].all(), "of the kind that was asked for"
+        assert (np.diff(hits.scores_Bb, axis=1)[found[:, 1:]] <= 0).all()
+        rows, _ = np.nonzero(found)
+        errors = np.abs(hits.scores_Bb[found] - exact[rows, hits.key_ids_Bb[found]])
+        assert errors.max() < (0.02 if "8" in kind else 1e-3)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_memory_may_be_smaller_than_its_shards(tmp_path: Path, kind: str, rows: int) -> None:
+    if kind.startswith("factory:IVF"):
+        pytest.skip("a factory string's lists are as many as it says: FAISS refuses fewer keys")
+    keys = np.concatenate([np.eye(rows, 16, dtype=np.float32), np.eye(2, 16, 8, dtype=np.float32)])
+    memory = memory_of(
+        keys, rows, 9, MemorySection(index=kind, **({"probes": 9} if kind.startswith("ivf") else {})), tmp_path
+    )
+    hits = memory.search(keys[:1], Neighbours(joint=20))
+    assert hits.key_ids_Bb.shape == (1, 20)
+    assert hits.key_ids_Bb[0, 0] == 0
+    found = hits.key_ids_Bb[0][hits.key_ids_Bb[0] >= 0]
+    assert len(set(found)) == len(found)
+    if kind != "ivf-pq":  # FAISS's fast scan leaves out keys whose codes are the worst in every part
+        assert sorted(found) == list(range(rows + 2))
+
+
+@pytest.mark.parametrize("kind", INDEX_KINDS)
+def test_blocks_change_nothing_and_the_size_is_as_planned(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    keys = clustered(rng, 6000, 64, 40)
+    spec = IndexSpec.of(MemorySection(index=kind), len(keys), 64)
+    contents = []
+    for name, parts in (("one", 1), ("many", 7)):
+        (tmp_path / name).mkdir()
+        blocks = np.array_split(keys, parts)
+        build_index(tmp_path / name, train_index(spec, keys), spec, len(keys), lambda blocks=blocks: blocks)
+        contents.append({path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())})
+    if kind != "hnsw":  # its links depend on the order in which threads add
+        assert contents[0] == contents[1]
+    assert sum(map(len, contents[0].values())) == pytest.approx(shard_bytes(spec, len(keys)), rel=0.15)
+
+
+def test_a_kind_that_is_not_there_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"index must be one of flat.*found 'flatt'"):
+        MemorySection(index="flatt")
+    with pytest.raises(ValueError, match="lists is a setting of the ivf kinds, not of flat"):
+        MemorySection(index="flat", lists=4)
+    with pytest.raises(ValueError, match="probes is a setting"):
+        MemorySection(index="flat-sq8", probes=4)
+    spec = IndexSpec.of(MemorySection(index="factory:IVFoo,SQ"), 100, 8)
+    with pytest.raises(ValueError, match=r"memory\.index is 'factory:IVFoo,SQ'.*could not parse"):
+        train_index(spec, np.eye(8, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("keys", "lists", "probes"), [(10, 8, 8), (27_582, 256, 32), (225_000, 1024, 32), (3_550_000, 4096, 128)]
+)
+def test_sizes_follow_from_the_number_of_keys(keys: int, lists: int, probes: int) -> None:
+    spec = IndexSpec.of(MemorySection(index="ivf-pq"), keys, 768)
+    assert (spec.lists, spec.probes, spec.subvectors) == (lists, probes, 96)
