@@ -61,13 +61,15 @@ def build(
     """Embed a corpus and publish its knowledge memory. Stopped, the same command goes on."""
     settings, corpus = _read(recipe, overrides)
     from raexmc_ray.cluster import connected
+    from raexmc_ray.files import Folder
     from raexmc_ray.memory.build import build, stage_encoder
     from raexmc_ray.train.trainer import trained_encoder
 
     tower = stage_encoder(settings, encoder) if encoder else trained_encoder(settings, corpus)
     with connected():
         snapshot = build(settings, corpus, tower)
-    console.print(f"memory: {settings.cluster.storage}/memory, snapshot {snapshot}", soft_wrap=True)
+    # Not the URL as it was given: it may carry credentials.
+    console.print(f"memory: {Folder.at(settings.cluster.storage) / 'memory'}, snapshot {snapshot}", soft_wrap=True)
 
 
 @app.command()
@@ -181,23 +183,92 @@ def query(
 
 
 @app.command()
-def inspect(memory: Annotated[str, typer.Argument(help="Folder or URL of the memory.")]) -> None:
-    """Say what is in a memory."""
-    from raexmc_ray.memory.snapshot import open_snapshot
+def inspect(
+    memory: Annotated[str, typer.Argument(help="Folder or URL of the memory.")],
+    verify: Annotated[bool, typer.Option(help="Read every byte against its checksum.")] = False,
+) -> None:
+    """Say what is in a memory: keys, shards, bytes by part, snapshots."""
+    from raexmc_ray.files import Folder
+    from raexmc_ray.memory import snapshot
+    from raexmc_ray.progress import Progress
 
-    manifest = open_snapshot(memory).manifest
-    table = Table(title=str(memory), show_header=False, title_justify="left")
+    folder = Folder.at(memory)
+    opened = snapshot.open_snapshot(folder)
+    manifest = opened.manifest
+    table = Table(title=str(folder), show_header=False, title_justify="left")
     total = sum(entry.size for entry in manifest.files.values())
+    sizes = [f"{part} {_bytes(size)}" for part, size in manifest.bytes_by_part().items()]
+    lists = f", {manifest.index.probes} of {manifest.index.lists:,} lists probed" if manifest.index.lists else ""
+    others = [name for name in snapshot.list_snapshots(folder) if name != manifest.id]
     for name, value in (
-        ("snapshot", f"{manifest.id}, made {manifest.created}"),
+        ("snapshot", f"{manifest.id} (current), made {manifest.created}"),
+        ("others", ", ".join(others) or "none"),
         ("keys", f"{manifest.keys:,}: {manifest.instances:,} instances and {manifest.labels:,} labels"),
-        ("shards", f"{manifest.shards}, {manifest.index.kind} index, dimension {manifest.dimension}"),
-        ("size", f"{total / 1e6:,.1f} MB in {len(manifest.files)} files"),
+        ("shards", f"{manifest.shards}, {manifest.index.kind} index{lists}, dimension {manifest.dimension}"),
+        ("size", f"{_bytes(total)} in {len(manifest.files)} files: {', '.join(sizes)}"),
         ("encoder", manifest.encoder_fingerprint[:16]),
         ("defaults", manifest.defaults.model_dump_json(by_alias=True, exclude_none=True)),
     ):
         table.add_row(name, value)
     console.print(table)
+    if verify:
+        with Progress("verify", total, "bytes") as progress:
+            for size in snapshot.verify(opened):
+                progress.add(size)
+        console.print(f"every byte of {len(manifest.files)} files is as the manifest says")
+
+
+@app.command()
+def plan(
+    instances: Annotated[int, typer.Option(min=0, help="Training instances.")],
+    labels: Annotated[int, typer.Option(min=1, help="Labels.")],
+    dimension: Annotated[int, typer.Option(min=1, help="Numbers in an embedding.")] = 768,
+    index: Annotated[str, typer.Option(help="Kind of index, as memory.index in a recipe.")] = "flat",
+    machines: Annotated[int, typer.Option(min=1, help="Machines, all alike.")] = 1,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB of memory of each machine.")] = 64,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs of each machine.")] = 16,
+    texts_per_second: Annotated[float, typer.Option(min=0.1, help="That one machine embeds; measure it.")] = 1000,
+    text_bytes: Annotated[float, typer.Option(min=0, help="Of a mean text.")] = 80,
+    labels_per_instance: Annotated[float, typer.Option(min=0, help="Mean number.")] = 5,
+) -> None:
+    """Say what a memory will take before it is built: shards, memory, disk, hours."""
+    from raexmc_ray.memory.plan import plan_memory
+
+    planned = plan_memory(
+        Recipe.parse({"corpus": {"path": ""}, "memory": {"index": index}}, source="--index").memory,
+        instances=instances,
+        labels=labels,
+        dimension=dimension,
+        machines=machines,
+        machine_memory=int(memory * 2**30),
+        machine_cpus=cpus,
+        texts_per_second=texts_per_second,
+        text_bytes=text_bytes,
+        labels_per_instance=labels_per_instance,
+    )
+    spec = planned.index
+    table = Table(show_header=False)
+    lists = f", {spec.probes} of {spec.lists:,} lists probed" if spec.lists else ""
+    for name, value in (
+        ("keys", f"{planned.keys:,} of {dimension} numbers, {spec.kind} index{lists}"),
+        ("shards", f"{planned.shards} (memory.shards), {planned.shards // machines} a machine"),
+        ("memory", f"{_bytes(planned.shard_memory)} a shard, {_bytes(planned.shards * planned.shard_memory)} in all"),
+        ("disk", f"{_bytes(planned.shard_disk)} a shard, {_bytes(planned.shards * planned.shard_disk)} in all"),
+        ("beside it", f"{_bytes(planned.embeddings_disk)} of embeddings, which may go once it is built"),
+        ("building", f"{_bytes(planned.build_memory)} of memory for each shard that is built at a time"),
+        ("to embed", f"{planned.embed_hours:.2f} hours at {texts_per_second:,.0f} texts/s a machine"),
+        ("to build", f"{planned.build_hours:.2f} hours"),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _bytes(size: float) -> str:
+    """A size for people: 12.3 MB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def print_answer(text: str, labels: list[dict[str, Any]]) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,13 +150,19 @@ class _UnitEncoder:
     """An actor that embeds units."""
 
     def __init__(self, encoder: Folder, embeddings: Embeddings, batch_size: int, threads: int) -> None:
-        self._encoder = use_hardware(TextEncoder.load(encoder.path), threads)
+        self._encoder = use_hardware(load_encoder(encoder), threads)
         self._embeddings, self._batch_size = embeddings, batch_size
 
     def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:
         vectors_ND = self._encoder.encode(unit["text"].to_pylist(), self._batch_size)
         self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
         return {"rows": np.array([len(unit)])}
+
+
+def load_encoder(folder: Folder) -> TextEncoder:
+    """The encoder that was saved at a folder, local or remote."""
+    with tempfile.TemporaryDirectory(prefix="raexmc-encoder-") as scratch:
+        return TextEncoder.load(str(folder.local(Path(scratch))))
 
 
 def use_hardware(encoder: TextEncoder, threads: int) -> TextEncoder:

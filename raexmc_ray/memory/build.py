@@ -10,11 +10,11 @@ import pyarrow as pa
 import ray
 
 from raexmc_ray.corpus import Corpus
-from raexmc_ray.embed import Embeddings, embed_keys
+from raexmc_ray.embed import Embeddings, embed_keys, load_encoder
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import FileEntry, Folder
 from raexmc_ray.memory.index import use_threads
-from raexmc_ray.memory.plan import shard_bytes
+from raexmc_ray.memory.plan import BUILD_MEMORY, shard_bytes
 from raexmc_ray.memory.snapshot import publish_current
 from raexmc_ray.memory.write import (
     SnapshotPlan,
@@ -31,8 +31,6 @@ from raexmc_ray.recipe import Recipe
 
 STAGED = "staged"
 """Written into the folder of a given encoder once all of it is there."""
-BUILD_MEMORY = 1.3
-"""Memory of a build over that of the finished index."""
 
 
 def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
@@ -42,7 +40,7 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
     that was stopped goes on, and one that is finished is only made the current one again.
     """
     storage = Folder.at(recipe.cluster.storage)
-    tower = TextEncoder.load(encoder.path)
+    tower = load_encoder(encoder)
     plan = SnapshotPlan.of(storage / "memory", corpus, tower, recipe.memory, recipe.prediction)
     if plan.is_complete:
         publish_current(plan.memory, plan.id)

@@ -149,6 +149,7 @@ def _inverted_lists(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
     else:
         index = faiss.IndexIVFPQFastScan(quantizer, d, spec.lists, spec.subvectors, 4, faiss.METRIC_INNER_PRODUCT)
         index.by_residual = False
+        index.pq.cp.min_points_per_centroid = 1
     quantizer.this.disown()  # it belongs to the index now
     index.own_fields = True
     return index

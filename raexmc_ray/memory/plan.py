@@ -1,8 +1,11 @@
-"""What a memory takes before it is built: bytes of each shard, by part."""
+"""What a memory takes, before it is built: bytes of each shard, number of shards, hours."""
 
 from __future__ import annotations
 
+from pydantic import BaseModel, ConfigDict
+
 from raexmc_ray.memory.index import GRAPH_LINKS, IndexSpec
+from raexmc_ray.recipe import MemorySection
 
 ID_BYTES = 8
 """Of a key's position in an inverted list."""
@@ -38,3 +41,85 @@ def vectors_bytes(spec: IndexSpec, keys: int) -> int:
 def shard_bytes(spec: IndexSpec, keys: int) -> int:
     """Bytes of one shard with so many keys: its index and what it rescores with."""
     return index_bytes(spec, keys) + vectors_bytes(spec, keys)
+
+
+SHARD_LIMIT = 4 << 30
+"""Bytes of a shard beyond which more shards are better: it is what an actor loads, and what is lost with it."""
+HEADROOM = 0.7
+"""Share of a machine's memory that shards may take."""
+BUILD_MEMORY = 1.3
+"""Memory of a build over that of the finished index."""
+CORE_FLOPS = 60e9
+"""Float32 operations a second of one core in a matrix product: what the `memory_scale` benchmark's machine reached."""
+KEY_BYTES = 40
+"""Of a key beside its text and labels: id, kind, offsets, uid."""
+KMEANS_ROUNDS = 10
+
+
+class MemoryPlan(BaseModel):
+    """What a memory takes: bytes, shards and hours, before anything is built."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    index: IndexSpec
+    keys: int
+    shards: int
+    shard_memory: int
+    """Bytes that a shard's actor maps: its index and what it rescores with."""
+    shard_disk: int
+    """Bytes of a shard's files: that, and the keys' texts and labels."""
+    embeddings_disk: int
+    """Bytes of the embeddings that a build leaves beside the memory, all shards together."""
+    build_memory: int
+    """Bytes that building one shard takes."""
+    embed_hours: float
+    build_hours: float
+
+
+def plan_memory(
+    section: MemorySection,
+    *,
+    instances: int,
+    labels: int,
+    dimension: int,
+    machines: int,
+    machine_memory: int,
+    machine_cpus: int,
+    texts_per_second: float,
+    text_bytes: float,
+    labels_per_instance: float,
+) -> MemoryPlan:
+    """The plan of a memory on so many equal machines; `section.shards` is not looked at: it is a result.
+
+    machine_memory: bytes. texts_per_second: of one machine's encoders. text_bytes: of a mean text.
+    Raises ValueError where it does not fit, with what would.
+    """
+    keys = instances + labels
+    index = IndexSpec.of(section, keys, dimension)
+    total = shard_bytes(index, keys)
+    room = int(HEADROOM * machine_memory)
+    if total > machines * room:
+        needed = -(-total // room)
+        raise ValueError(
+            f"{section.index} keys take {total / 2**30:,.1f} GiB, and {machines} machines have room for "
+            f"{machines * room / 2**30:,.1f}: take {needed} machines, or an index with fewer bytes a key (flat-sq8)"
+        )
+    on_a_machine = -(-total // machines)
+    # As many as a machine has cores, if they are worth an actor each, and more where one would be too large.
+    each = max(min(machine_cpus, -(-on_a_machine // (1 << 28))), -(-on_a_machine // SHARD_LIMIT))
+    shards = machines * each
+    rows = -(-keys // shards)
+    memory = shard_bytes(index, rows)
+    beside = KEY_BYTES * keys + text_bytes * keys + 4 * (labels_per_instance * instances + labels)
+    training = 2 * index.sample * KMEANS_ROUNDS * index.lists * dimension
+    filling = 2 * keys * index.lists * dimension / machines
+    return MemoryPlan(
+        index=index,
+        keys=keys,
+        shards=shards,
+        shard_memory=memory,
+        shard_disk=memory + int(beside / shards),
+        embeddings_disk=keys * dimension * (4 if index.stores_float32 else 2),
+        build_memory=int(BUILD_MEMORY * memory),
+        embed_hours=keys / texts_per_second / machines / 3600,
+        build_hours=(training + filling) / (CORE_FLOPS * machine_cpus) / 3600,
+    )

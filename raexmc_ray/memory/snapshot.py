@@ -24,7 +24,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,13 @@ class Manifest(BaseModel):
     @property
     def keys(self) -> int:
         return self.instances + self.labels
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """{index, vectors, keys, trained, labels, encoder: bytes}, of those there are, the largest first."""
+        sizes: Counter[str] = Counter()
+        for name, entry in self.files.items():
+            sizes[ENCODER if name.startswith(f"{ENCODER}/") else Path(name).stem] += entry.size
+        return dict(sizes.most_common())
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,21 @@ def check_file(file: Folder, entry: FileEntry, verify: bool = True) -> None:
         raise SnapshotError(f"{file}: has {size:,} bytes, the manifest says {entry.size:,}: it is torn")
     if verify and file.sha256() != entry.sha256:
         raise SnapshotError(f"{file}: its sha256 is not the manifest's: it was altered")
+
+
+def verify(snapshot: Snapshot) -> Iterator[int]:
+    """Read every byte of a snapshot against its checksum; gives the bytes of each file as it is found whole.
+
+    Raises SnapshotError, which names the first file that is not.
+    """
+    for name, entry in snapshot.manifest.files.items():
+        check_file(snapshot.folder / name, entry)
+        yield entry.size
+
+
+def list_snapshots(memory: Folder) -> list[str]:
+    """Ids of the snapshots of a memory that were written to their end, sorted."""
+    return [name for name in (memory / "snapshots").names() if is_complete(memory, name)]
 
 
 def publish(memory: Folder, manifest: Manifest) -> None:

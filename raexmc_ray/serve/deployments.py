@@ -159,10 +159,11 @@ class Ingress:
     def memory(self) -> MemoryReply:
         """The snapshot in use and its sizes."""
         manifest = self._manifest
-        fields = manifest.model_dump(include=set(MemoryReply.model_fields) - {"defaults", "snapshot"})
-        return MemoryReply(
-            snapshot=manifest.id, defaults=manifest.defaults.model_dump(mode="json", by_alias=True), **fields
+        sizes = manifest.model_dump(
+            include={"created", "instances", "labels", "shards", "dimension", "encoder_fingerprint"}
         )
+        defaults = manifest.defaults.model_dump(mode="json", by_alias=True)
+        return MemoryReply(snapshot=manifest.id, index=manifest.index.kind, defaults=defaults, **sizes)
 
     @api.get("/v1/health")
     def health(self) -> dict[str, str]:

