@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,15 @@ def tiny_run(ray_cluster: str, tiny_corpus: Path, tmp_path_factory: pytest.TempP
     corpus = read_corpus(recipe.corpus.path)
     build(recipe, corpus, train(recipe, corpus))
     return recipe
+
+
+def kill_rounds(name: str, short: int = 2, soak: int = 20) -> Iterator[int]:
+    """The rounds of a kill test: a few, or with RAEXMC_SOAK=1 all of them, which leaves a result."""
+    long = os.environ.get("RAEXMC_SOAK") == "1"
+    rounds = soak if long else short
+    yield from range(rounds)
+    if long:  # every round before this one held, or the test would have ended
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        from _result import at_least, write_result
+
+        write_result(f"soak_{name}", {"rounds": rounds}, [at_least("rounds with the undisturbed result", rounds, soak)])
