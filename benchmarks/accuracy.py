@@ -36,12 +36,8 @@ SMALL_STEPS: dict[str, list[str]] = {
     "the same, another seed": ["training.seed=1"],
     "neighbour batches": [NEIGHBOURS],
     "mined labels": [MINED],
-    "neighbour batches, mined labels": [NEIGHBOURS, MINED],
     "voting instances": [VOTING],
     "neighbour batches, voting": [NEIGHBOURS, VOTING],
-    "neighbour batches, voting, 3 positives": [NEIGHBOURS, VOTING, "training.positives_per_instance=3"],
-    "neighbour batches, voting, batch 512": [NEIGHBOURS, VOTING, "training.batch_size=512"],
-    "neighbour batches, voting, 4 epochs": [NEIGHBOURS, VOTING, "training.epochs=4"],
 }
 """On `debian-related`."""
 CHOOSING = ("neighbour batches, voting", [NEIGHBOURS, VOTING])

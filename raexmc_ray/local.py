@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raexmc_ray.answer import ScoredLabel, make_answers
-from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.hits import Hits
 from raexmc_ray.memory.shard import LocalShards, Shards
 from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours, PredictionSection
+
+if TYPE_CHECKING:
+    from raexmc_ray.encoder import TextEncoder
 
 
 class Memory:

@@ -28,13 +28,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import FileEntry, Folder
 from raexmc_ray.memory.index import CoarseQuantizer, IndexSpec, open_quantizer
 from raexmc_ray.recipe import PredictionSection
+
+if TYPE_CHECKING:
+    from raexmc_ray.encoder import TextEncoder
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -110,6 +113,8 @@ class Snapshot:
 
     def encoder(self) -> TextEncoder:
         """The encoder that made the keys. Raises SnapshotError where it is another."""
+        from raexmc_ray.encoder import TextEncoder  # seconds of imports, for which no shard must wait
+
         encoder = TextEncoder.load(str(self.encoder_folder()))
         if encoder.fingerprint != self.manifest.encoder_fingerprint:
             raise SnapshotError(

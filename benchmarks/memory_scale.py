@@ -1,0 +1,308 @@
+"""A memory of 3.55 million keys of 768 numbers, the size of LF-AmazonTitles-1.3M, in eight shard actors on one
+machine: built in bounded memory, and searched beside one FAISS index of the same kind, threads and vectors.
+
+The vectors are synthetic: 20,000 clusters of very different sizes around 500 topics; queries come from the same.
+The single index is made of the shards' own (FAISS merges them), so that both have the same lists and codes; they look
+into the same number of lists. RAEXMC_KEYS makes it smaller, to try it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAEXMC_NUM_CPUS", "2")
+
+import faiss
+import numpy as np
+import psutil
+import pyarrow as pa
+import ray
+from _result import at_least, below, print_targets, write_result
+
+from raexmc_ray.cluster import connected
+from raexmc_ray.embed import UNIT_KEYS, Embeddings
+from raexmc_ray.files import Folder, describe_file
+from raexmc_ray.memory.build import write_shards
+from raexmc_ray.memory.index import INDEX, VECTORS, CoarseQuantizer, IndexSpec, ShardIndex
+from raexmc_ray.memory.plan import shard_bytes
+from raexmc_ray.memory.pool import ShardPool
+from raexmc_ray.memory.shard import INSTANCE, LABEL
+from raexmc_ray.memory.snapshot import TRAINED, Manifest, open_snapshot, publish
+from raexmc_ray.memory.write import SEGMENT, SnapshotPlan
+from raexmc_ray.recipe import MemorySection, Neighbours, PredictionSection
+
+_faiss: Any = faiss
+KEYS = int(os.environ.get("RAEXMC_KEYS", 3_550_000))
+INSTANCES = KEYS * 225 // 355
+LABELS_PER_INSTANCE = 22
+DIMENSION, SHARDS, CLUSTERS, THREADS = 768, 8, 20_000, 2
+B, NEIGHBOURS, ROUNDS, SINGLES = 256, 100, 5, 60
+PROBES = (4, 8, 16, 32, 64, 128, 256)
+RECALL = 0.95
+K_FACTOR = 8
+"""Keys that FAISS's IndexRefine rescores for each that is wanted: as many as eight shards rescore together."""
+FOLDER = Path("runs/memory_scale")
+
+
+def vectors(rng: np.random.Generator, centres: np.ndarray, rows: int) -> np.ndarray:
+    """float32 [rows, d] of unit length: clusters whose sizes fall as 1/√rank, with as much noise as signal."""
+    places = (len(centres) * rng.random(rows) ** 2).astype(np.int64)
+    block = centres[places] + rng.standard_normal((rows, DIMENSION), np.float32) / np.float32(DIMENSION**0.5)
+    return block / np.linalg.norm(block, axis=1, keepdims=True)
+
+
+def write_embeddings(centres: np.ndarray) -> Embeddings:
+    """Float16 embeddings of all keys, as Ray Data's actors write them."""
+    embeddings = Embeddings(Folder.at(FOLDER / f"embeddings-{KEYS}"), KEYS, SHARDS, "float16")
+    for unit in embeddings.missing():
+        embeddings.write(unit, vectors(np.random.default_rng([1, unit]), centres, embeddings.size(unit)))
+    return embeddings
+
+
+def key_table() -> pa.Table:
+    """Keys with texts and labels of a real size."""
+    labels = KEYS - INSTANCES
+    offsets = np.concatenate(
+        [np.arange(INSTANCES) * LABELS_PER_INSTANCE, INSTANCES * LABELS_PER_INSTANCE + np.arange(labels + 1)]
+    )
+    votes = np.random.default_rng(2).integers(labels, size=offsets[-1], dtype=np.int32)
+    votes[INSTANCES * LABELS_PER_INSTANCE :] = np.arange(labels)
+    kinds = pa.DictionaryArray.from_arrays(
+        np.repeat(np.array([0, 1], np.int8), [INSTANCES, labels]), pa.array([INSTANCE, LABEL])
+    )
+    ids = np.arange(KEYS)
+    text = pa.array([f"the title of product {i}, of fifty or sixty letters" for i in range(KEYS)], pa.large_string())
+    uid = pa.array([f"B{i:09d}" for i in range(KEYS)], pa.large_string())
+    return pa.table(
+        {
+            "key_id": ids,
+            "kind": kinds,
+            "uid": uid,
+            "text": text,
+            "labels": pa.LargeListArray.from_arrays(offsets, votes),
+        }
+    )
+
+
+class PeakMemory(threading.Thread):
+    """The most private memory that processes which work on `name` had at a time: of one, and of all together."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(daemon=True)
+        self._name, self._ended, self.one, self.all = name, threading.Event(), 0, 0
+
+    def run(self) -> None:
+        while not self._ended.wait(0.2):
+            sizes = [self._private(process) for process in psutil.Process().children(recursive=True)]
+            self.one, self.all = max(self.one, *sizes, 0), max(self.all, sum(sizes))
+
+    def _private(self, process: psutil.Process) -> int:
+        try:
+            return int(process.memory_full_info().uss) if self._name in " ".join(process.cmdline()) else 0
+        except psutil.Error:
+            return 0
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+def exact(embeddings: Embeddings, queries_BD: np.ndarray) -> np.ndarray:
+    """int64 [B, NEIGHBOURS]: ids of the nearest keys, by comparing all."""
+    heap = _faiss.ResultHeap(len(queries_BD), NEIGHBOURS, keep_max=True)
+    for shard in range(SHARDS):
+        start = 0
+        for block_ND in embeddings.of_shard(shard):
+            ids = shard + SHARDS * (start + np.arange(len(block_ND)))
+            block = block_ND.astype(np.float32)
+            scores, found = faiss.knn(queries_BD, block, NEIGHBOURS, metric=faiss.METRIC_INNER_PRODUCT)
+            heap.add_result(scores, ids[found])
+            start += len(block_ND)
+    heap.finalize()
+    return heap.I
+
+
+def recall(found_Bb: np.ndarray, exact_Bb: np.ndarray) -> float:
+    return float(np.mean([np.isin(e, f).mean() for e, f in zip(exact_Bb, found_Bb, strict=True)]))
+
+
+def rates(search: Callable[[np.ndarray], Any], queries_BD: np.ndarray) -> dict[str, float]:
+    """{"queries_per_s" at batch B, "p50_ms" at batch 1}, after one batch that is not counted."""
+    search(queries_BD[:B])
+    started = time.perf_counter()
+    for number in range(ROUNDS):
+        search(queries_BD[number * B : (number + 1) * B])
+    batched = ROUNDS * B / (time.perf_counter() - started)
+    singles = []
+    for query in range(SINGLES):
+        started = time.perf_counter()
+        search(queries_BD[query : query + 1])
+        singles.append(time.perf_counter() - started)
+    return {"queries_per_s": round(batched, 1), "p50_ms": round(1000 * float(np.median(singles)), 2)}
+
+
+def single_index(plan: SnapshotPlan, embeddings: Embeddings) -> Any:
+    """One FAISS index with what all shards have: its ids are those of the first shard's keys, then the second's …."""
+    index: Any = None
+    for shard, folder in enumerate(shard_folders(plan)):
+        part = faiss.read_index(str(folder / INDEX))
+        if index is None:
+            index = part
+        else:
+            index.merge_from(part, sum(embeddings_of(shard_) for shard_ in range(shard)))
+    index.nprobe = plan.index.probes
+    if not plan.index.has_vectors:
+        return index
+    keys: Any = faiss.IndexScalarQuantizer(DIMENSION, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    keys.is_trained = True
+    codes: Any = keys.codes
+    codes.resize(KEYS * keys.code_size)
+    view = faiss.rev_swig_ptr(codes.data(), KEYS * keys.code_size).reshape(KEYS, -1)
+    start = 0
+    for folder in shard_folders(plan):
+        rows = np.load(folder / VECTORS, mmap_mode="r")
+        view[start : start + len(rows)] = rows.view(np.uint8)
+        start += len(rows)
+    keys.ntotal = KEYS
+    refined = faiss.IndexRefine(index, keys)
+    refined.k_factor = K_FACTOR
+    refined.own_fields = refined.own_refine_index = True
+    index.this.disown()
+    keys.this.disown()
+    return refined
+
+
+def embeddings_of(shard: int) -> int:
+    """Keys of a shard."""
+    return len(range(shard, KEYS, SHARDS))
+
+
+def shard_folders(plan: SnapshotPlan) -> Iterator[Path]:
+    for shard in range(SHARDS):
+        yield Path(plan.folder.path) / f"segments/{SEGMENT}/shard-{shard:04d}"
+
+
+def choose_probes(plan: SnapshotPlan, trained: bytes, queries_BD: np.ndarray, exact_Bb: np.ndarray) -> int:
+    """The fewest lists that reach the recall, with a little to spare, on queries that are not measured later."""
+    faiss.omp_set_num_threads(THREADS)
+    index = faiss.deserialize_index(np.frombuffer(trained, np.uint8))
+    shards = [ShardIndex(folder, plan.index, SHARDS) for folder in shard_folders(plan)]
+    for probes in PROBES:
+        lists = CoarseQuantizer(index, probes).assign(queries_BD)
+        parts = [shard.search(queries_BD, NEIGHBOURS, 0, len(shard), lists) for shard in shards]
+        ids = np.concatenate([np.where(p >= 0, s + SHARDS * p, -1) for s, (p, _) in enumerate(parts)], axis=1)
+        order = np.argsort(-np.concatenate([scores for _, scores in parts], axis=1), axis=1)[:, :NEIGHBOURS]
+        reached = recall(np.take_along_axis(ids, order, 1), exact_Bb)
+        print(f"  {probes} lists: recall {reached:.4f}", flush=True)
+        if reached >= RECALL + 0.005:
+            break
+    return probes
+
+
+def measure(
+    kind: str, embeddings: Embeddings, table: pa.Table, queries_BD: np.ndarray, exact_Bb: np.ndarray
+) -> dict[str, Any]:
+    """Build, search, and search the single index."""
+    spec = IndexSpec.of(MemorySection(index=kind), KEYS, DIMENSION)
+    memory = FOLDER / kind
+    shutil.rmtree(memory, ignore_errors=True)
+    plan = SnapshotPlan(Folder.at(memory), "scale", SHARDS, spec)
+    peak = PeakMemory("_write_shard")
+    peak.start()
+    started = time.perf_counter()
+    trained, entries = write_shards(plan, table, embeddings, THREADS)
+    build_s = time.perf_counter() - started
+    peak.stop()
+    files = {name: entry for part in entries for name, entry in part.items()}
+    index_bytes = sum(entry.size for name, entry in files.items() if name.endswith((INDEX, VECTORS)))
+    half = len(queries_BD) - B
+    spec = spec.model_copy(update={"probes": choose_probes(plan, trained, queries_BD[half:], exact_Bb[half:])})
+    plan = SnapshotPlan(plan.memory, plan.id, SHARDS, spec)
+    path = f"segments/{SEGMENT}/{TRAINED}"
+    (plan.folder / path).write(trained)
+    files[path] = describe_file(Path((plan.folder / path).path))
+    publish(
+        plan.memory,
+        Manifest(
+            id=plan.id, created="", instances=INSTANCES, labels=KEYS - INSTANCES, dimension=DIMENSION, shards=SHARDS,
+            index=spec, segments=[SEGMENT], encoder_fingerprint="none", defaults=PredictionSection(), files=files,
+        ),
+    )  # fmt: skip
+    neighbours = Neighbours(joint=NEIGHBOURS)
+    started = time.perf_counter()
+    with ShardPool(plan.memory, open_snapshot(plan.memory), cpus=THREADS / SHARDS) as pool:
+        open_s = time.perf_counter() - started
+        found = [pool.search(queries_BD[i : i + B], neighbours).key_ids_Bb for i in range(0, half, B)]
+        sharded = rates(lambda q: pool.search(q, neighbours), queries_BD[:half])
+        restart_s = restart(pool, queries_BD[:1], neighbours)
+    faiss.omp_set_num_threads(THREADS)
+    index = single_index(plan, embeddings)
+    alone = rates(lambda q: index.search(q, NEIGHBOURS), queries_BD[:half])
+    starts = np.cumsum([0] + [embeddings_of(shard) for shard in range(SHARDS)])
+    places = index.search(queries_BD[:half], NEIGHBOURS)[1]
+    shard = np.searchsorted(starts, places, side="right") - 1
+    ids = np.where(places >= 0, shard + SHARDS * (places - starts[shard]), -1)
+    planned = SHARDS * shard_bytes(spec, -(-KEYS // SHARDS))
+    return {
+        "lists": spec.lists, "probes": spec.probes, "build_s": round(build_s, 1), "open_s": round(open_s, 2),
+        "restart_s": round(restart_s, 2), "index_bytes": index_bytes, "planned_bytes": planned,
+        "peak_of_one_writer_bytes": peak.one, "peak_of_all_writers_bytes": peak.all,
+        "sharded": {"recall": round(recall(np.concatenate(found), exact_Bb[:half]), 4), **sharded},
+        "single": {"recall": round(recall(ids, exact_Bb[:half]), 4), **alone},
+    }  # fmt: skip
+
+
+def restart(pool: ShardPool, query: np.ndarray, neighbours: Neighbours) -> float:
+    """Seconds from the kill of a shard's process to the next whole answer, less those of an answer."""
+    started = time.perf_counter()
+    pool.search(query, neighbours)
+    usual = time.perf_counter() - started
+    os.kill(ray.get(pool.actors[0].pid.remote()), 9)
+    started = time.perf_counter()
+    pool.search(query, neighbours)
+    return time.perf_counter() - started - usual
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    topics, own = (
+        rng.standard_normal((n, DIMENSION), np.float32) / np.float32(DIMENSION**0.5) for n in (500, CLUSTERS)
+    )
+    centres = (topics[rng.integers(len(topics), size=CLUSTERS)] + own) / np.float32(2**0.5)
+    embeddings, table = write_embeddings(centres), key_table()
+    print(f"{KEYS:,} keys written in units of {UNIT_KEYS:,}", flush=True)
+    queries_BD = vectors(np.random.default_rng(3), centres, (ROUNDS + 1) * B)
+    exact_Bb = exact(embeddings, queries_BD)
+    print("exact neighbours found", flush=True)
+    figures: dict[str, Any] = {"keys": KEYS, "dimension": DIMENSION, "shards": SHARDS, "threads": THREADS}
+    targets = []
+    for kind in ("ivf-fp16", "ivf-pq"):
+        with connected():
+            figures[kind] = measured = measure(kind, embeddings, table, queries_BD, exact_Bb)
+        print(kind, measured, flush=True)
+        sharded, single = measured["sharded"], measured["single"]
+        ratio = sharded["queries_per_s"] / single["queries_per_s"]
+        figures[kind]["queries_per_s_ratio"] = round(ratio, 3)
+        block = 16 * UNIT_KEYS * DIMENSION * 4 / SHARDS
+        peak, limit = measured["peak_of_all_writers_bytes"], 1.3 * measured["index_bytes"] + block
+        planned = abs(measured["planned_bytes"] / measured["index_bytes"] - 1)
+        targets += [
+            at_least(f"{kind}: recall@100 of the shards", sharded["recall"], RECALL),
+            at_least(f"{kind}: queries/s at batch {B}, shards / single index", ratio, 0.85),
+            below(f"{kind}: GiB of all writers", peak / 2**30, limit / 2**30),
+            below(f"{kind}: planned bytes are off by", planned, 0.15),
+            below(f"{kind}: seconds until a killed shard answers", measured["restart_s"], 1.0),
+        ]
+        shutil.rmtree(FOLDER / kind)
+    write_result("memory_scale", figures, targets)
+    print_targets({}, targets)
+
+
+if __name__ == "__main__":
+    main()
