@@ -129,7 +129,8 @@ def map_units(
 ) -> Iterator[int]:
     """Hand each block whole to one of a pool of encoder actors; gives the rows done as they are done.
 
-    worker: class whose instances, made with `arguments`, map a block to {"rows": [number]}.
+    worker: class whose instances, made with `arguments`, map a block to {"rows": [number]}, or to {"error": [what is
+    wrong with it]}, which is raised here as a ValueError: of an exception in there Ray Data keeps the traces only.
     """
     quiet_data()
     done = ray.data.from_arrow(list(blocks)).map_batches(
@@ -143,6 +144,8 @@ def map_units(
         ray_remote_args_fn=_bounded_retries,
     )
     for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
+        for error in batch.get("error", ()):
+            raise ValueError(error)
         yield int(batch["rows"].sum())
 
 
@@ -154,7 +157,16 @@ class _UnitEncoder:
         self._embeddings, self._batch_size = embeddings, batch_size
 
     def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:
-        vectors_ND = self._encoder.encode(unit["text"].to_pylist(), self._batch_size)
+        texts = unit["text"].to_pylist()
+        vectors_ND = self._encoder.encode(texts, self._batch_size)
+        wrong = np.flatnonzero(~np.isfinite(vectors_ND).all(1))
+        if len(wrong):
+            first = int(wrong[0])
+            said = (
+                f"key {unit['key_id'][first].as_py()} ({texts[first][:80]!r}): the encoder's embedding of this text is "
+                f"not finite, nor are {len(wrong) - 1} others of its unit: the encoder's weights are broken"
+            )
+            return {"error": np.array([said])}
         self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
         return {"rows": np.array([len(unit)])}
 
@@ -182,7 +194,7 @@ def quiet_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # an error reaches the caller, with its cause
     # Both ways to bound an actor's retries are called deprecated in Ray 2.60, and there is no third.
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
 

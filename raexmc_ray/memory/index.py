@@ -40,6 +40,9 @@ REFINED = 6
 """Keys of `ivf-pq` that are rescored for each one that is wanted."""
 SAMPLE_PER_LIST, SAMPLE_LEAST = 64, 16384
 """Keys that a quantiser is trained on: so many for each list, and so many at least."""
+GPU_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16")
+GPU_WIDTH = 2048
+"""The most candidates that FAISS finds on a GPU; it also has no ranges of keys there. The CPU does the rest."""
 GRAPH_LINKS = 32
 """Links of a key in an hnsw graph (M)."""
 
@@ -208,6 +211,18 @@ def _float_blocks(blocks: Iterable[np.ndarray]) -> Iterable[tuple[int, np.ndarra
         start += len(block)
 
 
+def _copy_to_gpu(index: Any, spec: IndexSpec) -> Any:
+    """A copy of the index on this process's first GPU, or None for the kinds that FAISS has on CPUs only."""
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        raise ValueError("this process sees no GPU, or FAISS was built without: install the extra [gpu], not [cpu]")
+    if spec.kind not in GPU_KINDS:
+        return None
+    copied = _faiss.index_cpu_to_gpu(_faiss.StandardGpuResources(), 0, index)
+    if spec.lists:
+        copied.nprobe = spec.probes
+    return copied
+
+
 class CoarseQuantizer:
     """Says which inverted lists a query looks into: the same for every shard, so it is asked once."""
 
@@ -228,12 +243,15 @@ def open_quantizer(path: Path, spec: IndexSpec) -> CoarseQuantizer | None:
 class ShardIndex:
     """The keys of one shard, opened for searching by memory map: at once, pages shared by all processes."""
 
-    def __init__(self, folder: Path, spec: IndexSpec, shards: int) -> None:
-        """shards: of the whole memory, over which any query's neighbours are spread evenly."""
+    def __init__(self, folder: Path, spec: IndexSpec, shards: int, *, gpu: bool = False) -> None:
+        """shards: of the whole memory, over which any query's neighbours are spread evenly. gpu: search on this
+        process's GPU what can be searched there, which takes a copy of the index in its memory. Raises ValueError
+        where there is no GPU, or FAISS was built without."""
         self._index = _faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_MMAP_IFC)
         if self._index.d != spec.dimension:
             raise ValueError(f"{folder / INDEX}: has dimension {self._index.d}, not {spec.dimension}")
         self.spec, self._shards, self._keys_ND = spec, shards, None
+        self._on_gpu = _copy_to_gpu(self._index, spec) if gpu else None
         if spec.has_vectors:
             self._keys_ND = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
         elif spec.kind == "flat" and len(self):
@@ -296,6 +314,10 @@ class ShardIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(scores, positions) [B, width] as FAISS finds them, best first; −1 where lists hold fewer."""
         select = {} if (start, stop) == (0, len(self)) else {"sel": faiss.IDSelectorRange(start, stop)}
+        if self._on_gpu is not None and not select and width <= GPU_WIDTH:
+            if lists is None:
+                return self._on_gpu.search(queries_BD, width)
+            return self._on_gpu.search_preassigned(queries_BD, width, lists.lists_Bp[rows], lists.scores_Bp[rows])
         if lists is None:
             return self._index.search(queries_BD, width, params=self._parameters(width, select))
         # The wrapper of search_preassigned takes no selector: the method beneath it does.

@@ -31,11 +31,11 @@ class ShardUnavailableError(RuntimeError):
 class ShardActor:
     """One shard in a process of its own. Killed, it comes back from the snapshot, and the call is made again."""
 
-    def __init__(self, memory: Folder, snapshot: str, shard: int, threads: int) -> None:
+    def __init__(self, memory: Folder, snapshot: str, shard: int, threads: int, gpu: bool) -> None:
         use_threads(threads)
         # Its first life read every byte against its checksum; the next ones must be there in no time.
         verify = not ray.get_runtime_context().was_current_actor_reconstructed
-        self._shard = Shard(open_snapshot(memory, snapshot), shard, verify=verify)
+        self._shard = Shard(open_snapshot(memory, snapshot), shard, verify=verify, gpu=gpu)
 
     def search(self, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None) -> Hits:
         return self._shard.search(queries_BD, neighbours, lists)
@@ -51,17 +51,19 @@ class ShardActor:
 class ShardPool:
     """All shards of a snapshot, each in an actor; a context manager that ends them."""
 
-    def __init__(self, memory: Folder, snapshot: Snapshot, *, cpus: float = 0.25, timeout_s: float = 120.0) -> None:
-        """cpus: what each actor reserves; it searches with as many threads, one at least. timeout_s: after which a
-        call gives up on a shard."""
+    def __init__(
+        self, memory: Folder, snapshot: Snapshot, *, cpus: float = 0.25, gpu: bool = False, timeout_s: float = 120.0
+    ) -> None:
+        """cpus: what each actor reserves; it searches with as many threads, one at least. gpu: give each a GPU.
+        timeout_s: after which a call gives up on a shard."""
         self._timeout_s = timeout_s
         self._quantizer = snapshot.quantizer()
         manifest = snapshot.manifest
         # Ray sees none of FAISS's memory: it must be told.
         needed = shard_bytes(manifest.index, -(-manifest.keys // manifest.shards))
-        make = ShardActor.options(num_cpus=cpus, memory=needed)  # type: ignore[attr-defined]
+        make = ShardActor.options(num_cpus=cpus, num_gpus=int(gpu), memory=needed)  # type: ignore[attr-defined]
         threads = max(1, int(cpus))
-        self.actors = [make.remote(memory, manifest.id, shard, threads) for shard in range(manifest.shards)]
+        self.actors = [make.remote(memory, manifest.id, shard, threads, gpu) for shard in range(manifest.shards)]
         self._call("pid")  # wait until all shards are open
 
     def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
@@ -106,8 +108,8 @@ class ShardPool:
         return answers
 
 
-def open_in_actors(memory: Folder, snapshot: str | None = None) -> tuple[Memory, ShardPool]:
-    """The memory with its shards in actors, and the pool to close afterwards."""
+def open_in_actors(memory: Folder, snapshot: str | None = None, *, gpu: bool = False) -> tuple[Memory, ShardPool]:
+    """The memory with its shards in actors, each with a GPU if asked for, and the pool to close afterwards."""
     opened = open_snapshot(memory, snapshot)
-    pool = ShardPool(memory, opened)
+    pool = ShardPool(memory, opened, gpu=gpu)
     return Memory(opened, pool), pool

@@ -23,8 +23,9 @@ INSTANCE, LABEL = "instance", "label"
 class Shard:
     """One shard of a snapshot, opened for searching. Keys lie in the order of their ids, instances first."""
 
-    def __init__(self, snapshot: Snapshot, shard: int, *, verify: bool = True) -> None:
-        """verify: read every byte against its checksum first (sizes are checked in any case)."""
+    def __init__(self, snapshot: Snapshot, shard: int, *, verify: bool = True, gpu: bool = False) -> None:
+        """verify: read every byte against its checksum first (sizes are checked in any case). gpu: search on this
+        process's GPU."""
         manifest = snapshot.manifest
         if len(manifest.segments) != 1:
             raise SnapshotError(f"{snapshot.folder}: has {len(manifest.segments)} segments; this version reads one")
@@ -33,7 +34,7 @@ class Shard:
         names = [INDEX, KEYS, VECTORS] if manifest.index.has_vectors else [INDEX, KEYS]
         paths = [snapshot.file(shard_file(manifest.segments[0], shard, name), verify) for name in names]
         self.snapshot = manifest.id
-        self._index = ShardIndex(paths[0].parent, manifest.index, manifest.shards)
+        self._index = ShardIndex(paths[0].parent, manifest.index, manifest.shards, gpu=gpu)
         self._keys = read_keys(paths[1])
         if len(self._index) != len(self._keys):
             raise SnapshotError(f"{paths[0].parent}: {len(self._index)} keys in the index, {len(self._keys)} beside it")
