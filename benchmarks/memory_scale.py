@@ -1,9 +1,8 @@
 """A memory of 3.55 million keys of 768 numbers, the size of LF-AmazonTitles-1.3M, in eight shard actors on one
 machine: built in bounded memory, and searched beside one FAISS index of the same kind, threads and vectors.
 
-The vectors are synthetic: 20,000 clusters of very different sizes around 500 topics; queries come from the same.
-The single index is made of the shards' own (FAISS merges them), so that both have the same lists and codes; they look
-into the same number of lists. RAEXMC_KEYS makes it smaller, to try it.
+The vectors are synthetic (see `_scale.py`); queries come from the same clusters. The single index is made of the
+shards' own (FAISS merges them), so that both have the same lists and codes; they look into the same number of lists.
 """
 
 from __future__ import annotations
@@ -24,70 +23,36 @@ import psutil
 import pyarrow as pa
 import ray
 from _result import at_least, below, print_targets, write_result
+from _scale import (
+    DIMENSION,
+    FOLDER,
+    KEYS,
+    SHARDS,
+    THREADS,
+    cluster_centres,
+    key_table,
+    publish_scale,
+    vectors,
+    write_embeddings,
+)
 
 from raexmc_ray.cluster import connected
 from raexmc_ray.embed import UNIT_KEYS, Embeddings
-from raexmc_ray.files import Folder, describe_file
+from raexmc_ray.files import Folder
 from raexmc_ray.memory.build import write_shards
 from raexmc_ray.memory.index import INDEX, VECTORS, CoarseQuantizer, IndexSpec, ShardIndex
 from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.pool import ShardPool
-from raexmc_ray.memory.shard import INSTANCE, LABEL
-from raexmc_ray.memory.snapshot import TRAINED, Manifest, open_snapshot, publish
+from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.memory.write import SEGMENT, SnapshotPlan
-from raexmc_ray.recipe import MemorySection, Neighbours, PredictionSection
+from raexmc_ray.recipe import MemorySection, Neighbours
 
 _faiss: Any = faiss
-KEYS = int(os.environ.get("RAEXMC_KEYS", 3_550_000))
-INSTANCES = KEYS * 225 // 355
-LABELS_PER_INSTANCE = 22
-DIMENSION, SHARDS, CLUSTERS, THREADS = 768, 8, 20_000, 2
 B, NEIGHBOURS, ROUNDS, SINGLES = 256, 100, 5, 60
 PROBES = (4, 8, 16, 32, 64, 128, 256)
 RECALL = 0.95
 K_FACTOR = 8
 """Keys that FAISS's IndexRefine rescores for each that is wanted: as many as eight shards rescore together."""
-FOLDER = Path("runs/memory_scale")
-
-
-def vectors(rng: np.random.Generator, centres: np.ndarray, rows: int) -> np.ndarray:
-    """float32 [rows, d] of unit length: clusters whose sizes fall as 1/√rank, with as much noise as signal."""
-    places = (len(centres) * rng.random(rows) ** 2).astype(np.int64)
-    block = centres[places] + rng.standard_normal((rows, DIMENSION), np.float32) / np.float32(DIMENSION**0.5)
-    return block / np.linalg.norm(block, axis=1, keepdims=True)
-
-
-def write_embeddings(centres: np.ndarray) -> Embeddings:
-    """Float16 embeddings of all keys, as Ray Data's actors write them."""
-    embeddings = Embeddings(Folder.at(FOLDER / f"embeddings-{KEYS}"), KEYS, SHARDS, "float16")
-    for unit in embeddings.missing():
-        embeddings.write(unit, vectors(np.random.default_rng([1, unit]), centres, embeddings.size(unit)))
-    return embeddings
-
-
-def key_table() -> pa.Table:
-    """Keys with texts and labels of a real size."""
-    labels = KEYS - INSTANCES
-    offsets = np.concatenate(
-        [np.arange(INSTANCES) * LABELS_PER_INSTANCE, INSTANCES * LABELS_PER_INSTANCE + np.arange(labels + 1)]
-    )
-    votes = np.random.default_rng(2).integers(labels, size=offsets[-1], dtype=np.int32)
-    votes[INSTANCES * LABELS_PER_INSTANCE :] = np.arange(labels)
-    kinds = pa.DictionaryArray.from_arrays(
-        np.repeat(np.array([0, 1], np.int8), [INSTANCES, labels]), pa.array([INSTANCE, LABEL])
-    )
-    ids = np.arange(KEYS)
-    text = pa.array([f"the title of product {i}, of fifty or sixty letters" for i in range(KEYS)], pa.large_string())
-    uid = pa.array([f"B{i:09d}" for i in range(KEYS)], pa.large_string())
-    return pa.table(
-        {
-            "key_id": ids,
-            "kind": kinds,
-            "uid": uid,
-            "text": text,
-            "labels": pa.LargeListArray.from_arrays(offsets, votes),
-        }
-    )
 
 
 class PeakMemory(threading.Thread):
@@ -147,7 +112,7 @@ def rates(search: Callable[[np.ndarray], Any], queries_BD: np.ndarray) -> dict[s
     return {"queries_per_s": round(batched, 1), "p50_ms": round(1000 * float(np.median(singles)), 2)}
 
 
-def single_index(plan: SnapshotPlan, embeddings: Embeddings) -> Any:
+def single_index(plan: SnapshotPlan) -> Any:
     """One FAISS index with what all shards have: its ids are those of the first shard's keys, then the second's …."""
     index: Any = None
     for shard, folder in enumerate(shard_folders(plan)):
@@ -155,7 +120,7 @@ def single_index(plan: SnapshotPlan, embeddings: Embeddings) -> Any:
         if index is None:
             index = part
         else:
-            index.merge_from(part, sum(embeddings_of(shard_) for shard_ in range(shard)))
+            index.merge_from(part, sum(keys_of(shard_) for shard_ in range(shard)))
     index.nprobe = plan.index.probes
     if not plan.index.has_vectors:
         return index
@@ -178,7 +143,7 @@ def single_index(plan: SnapshotPlan, embeddings: Embeddings) -> Any:
     return refined
 
 
-def embeddings_of(shard: int) -> int:
+def keys_of(shard: int) -> int:
     """Keys of a shard."""
     return len(range(shard, KEYS, SHARDS))
 
@@ -224,16 +189,7 @@ def measure(
     half = len(queries_BD) - B
     spec = spec.model_copy(update={"probes": choose_probes(plan, trained, queries_BD[half:], exact_Bb[half:])})
     plan = SnapshotPlan(plan.memory, plan.id, SHARDS, spec)
-    path = f"segments/{SEGMENT}/{TRAINED}"
-    (plan.folder / path).write(trained)
-    files[path] = describe_file(Path((plan.folder / path).path))
-    publish(
-        plan.memory,
-        Manifest(
-            id=plan.id, created="", instances=INSTANCES, labels=KEYS - INSTANCES, dimension=DIMENSION, shards=SHARDS,
-            index=spec, segments=[SEGMENT], encoder_fingerprint="none", defaults=PredictionSection(), files=files,
-        ),
-    )  # fmt: skip
+    publish_scale(plan, trained, files)
     neighbours = Neighbours(joint=NEIGHBOURS)
     started = time.perf_counter()
     with ShardPool(plan.memory, open_snapshot(plan.memory), cpus=THREADS / SHARDS) as pool:
@@ -242,9 +198,9 @@ def measure(
         sharded = rates(lambda q: pool.search(q, neighbours), queries_BD[:half])
         restart_s = restart(pool, queries_BD[:1], neighbours)
     faiss.omp_set_num_threads(THREADS)
-    index = single_index(plan, embeddings)
+    index = single_index(plan)
     alone = rates(lambda q: index.search(q, NEIGHBOURS), queries_BD[:half])
-    starts = np.cumsum([0] + [embeddings_of(shard) for shard in range(SHARDS)])
+    starts = np.cumsum([0] + [keys_of(shard) for shard in range(SHARDS)])
     places = index.search(queries_BD[:half], NEIGHBOURS)[1]
     shard = np.searchsorted(starts, places, side="right") - 1
     ids = np.where(places >= 0, shard + SHARDS * (places - starts[shard]), -1)
@@ -270,11 +226,7 @@ def restart(pool: ShardPool, query: np.ndarray, neighbours: Neighbours) -> float
 
 
 def main() -> None:
-    rng = np.random.default_rng(0)
-    topics, own = (
-        rng.standard_normal((n, DIMENSION), np.float32) / np.float32(DIMENSION**0.5) for n in (500, CLUSTERS)
-    )
-    centres = (topics[rng.integers(len(topics), size=CLUSTERS)] + own) / np.float32(2**0.5)
+    centres = cluster_centres()
     embeddings, table = write_embeddings(centres), key_table()
     print(f"{KEYS:,} keys written in units of {UNIT_KEYS:,}", flush=True)
     queries_BD = vectors(np.random.default_rng(3), centres, (ROUNDS + 1) * B)
@@ -299,7 +251,6 @@ def main() -> None:
             below(f"{kind}: planned bytes are off by", planned, 0.15),
             below(f"{kind}: seconds until a killed shard answers", measured["restart_s"], 1.0),
         ]
-        shutil.rmtree(FOLDER / kind)
     write_result("memory_scale", figures, targets)
     print_targets({}, targets)
 
