@@ -1,7 +1,7 @@
 """What turning hits into labels costs, beside the search before it: 1.3 million labels, 200 neighbours, batch 256.
 
 The memory is the `ivf-pq` one that `memory_scale` leaves, whose search is the faster; where it is not there yet, that
-benchmark is run first. Merging the shards' answers is part of the search here. One process, one thread for the aggregation.
+benchmark is run first. Merging the shards' answers is part of the search here. The aggregation has one thread.
 """
 
 from __future__ import annotations
