@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from raexmc_ray.memory.hits import Hits
 from raexmc_ray.memory.index import IndexSpec, build_index, train_index
-from raexmc_ray.memory.plan import shard_bytes
+from raexmc_ray.memory.plan import SHARD_LIMIT, MemoryPlan, plan_memory, shard_bytes
 from raexmc_ray.memory.shard import LocalShards
 from raexmc_ray.recipe import INDEX_KINDS, MemorySection, Neighbours
 
@@ -123,6 +124,45 @@ def test_blocks_change_nothing_and_the_size_is_as_planned(tmp_path: Path, kind: 
     if kind != "hnsw":  # its links depend on the order in which threads add
         assert contents[0] == contents[1]
     assert sum(map(len, contents[0].values())) == pytest.approx(shard_bytes(spec, len(keys)), rel=0.15)
+
+
+def test_a_quantizer_travels_to_other_processes(tmp_path: Path) -> None:
+    keys = unit_rows(np.random.default_rng(0), 300, 16)
+    quantizer = publish_keys(
+        tmp_path, keys, random_relevance(np.random.default_rng(0), 200, 100), 2, settings=MemorySection(index="ivf-pq")
+    ).quantizer()
+    assert quantizer is not None
+    here, there = quantizer.assign(keys), pickle.loads(pickle.dumps(quantizer)).assign(keys)
+    assert np.array_equal(here.lists_Bp, there.lists_Bp)
+    assert np.array_equal(here.scores_Bp, there.scores_Bp)
+
+
+def planned(**change: object) -> MemoryPlan:
+    """The plan of LF-AmazonTitles-1.3M on two machines, with changes."""
+    settings: dict = {
+        "instances": 2_248_619,
+        "labels": 1_305_265,
+        "dimension": 768,
+        "machines": 2,
+        "machine_memory": 64 << 30,
+        "machine_cpus": 16,
+        "texts_per_second": 1000.0,
+        "text_bytes": 80.0,
+        "labels_per_instance": 22.2,
+    }
+    kind = str(change.pop("index", "ivf-pq"))
+    return plan_memory(MemorySection(index=kind), **(settings | change))
+
+
+def test_a_plan_fits_its_machines_or_says_what_would() -> None:
+    plan = planned()
+    assert plan.shards % 2 == 0, "as many on each machine"
+    assert plan.shards * plan.shard_memory == pytest.approx(3_553_884 * (768 * 2 + 48 + 8), rel=0.1)
+    assert planned(index="flat").shard_memory * planned(index="flat").shards > 1.9 * plan.shards * plan.shard_memory
+    assert planned(machines=4).embed_hours == pytest.approx(plan.embed_hours / 2)
+    assert planned(machine_cpus=1, machine_memory=64 << 30).shard_memory <= SHARD_LIMIT
+    with pytest.raises(ValueError, match=r"flat keys take 10\.2 GiB.*2 machines have room for 5\.6: take 4 machines"):
+        planned(index="flat", machine_memory=4 << 30)
 
 
 def test_a_kind_that_is_not_there_is_refused_with_the_remedy() -> None:
