@@ -158,7 +158,7 @@ def test_a_plan_fits_its_machines_or_says_what_would() -> None:
     plan = planned()
     assert plan.shards % 2 == 0, "as many on each machine"
     assert plan.shards * plan.shard_memory == pytest.approx(3_553_884 * (768 * 2 + 48 + 8), rel=0.1)
-    assert planned(index="flat").shard_memory * planned(index="flat").shards > 1.9 * plan.shards * plan.shard_memory
+    assert planned(index="flat").shard_memory * planned(index="flat").shards > 1.7 * plan.shards * plan.shard_memory
     assert planned(machines=4).embed_hours == pytest.approx(plan.embed_hours / 2)
     assert planned(machine_cpus=1, machine_memory=64 << 30).shard_memory <= SHARD_LIMIT
     with pytest.raises(ValueError, match=r"flat keys take 10\.2 GiB.*2 machines have room for 5\.6: take 4 machines"):
