@@ -7,6 +7,7 @@ batch a shard, so that a shard reads its own rows only.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
+import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
@@ -26,11 +28,14 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from raexmc_ray.encoder import TextEncoder, bfloat16_is_native
 from raexmc_ray.files import Folder
+from raexmc_ray.inputs import digest_texts, read_texts
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import ClusterSection, EncoderSection
 
 UNIT_KEYS = 4096
 """Keys in a unit."""
+STAGED = "staged"
+"""Written into the folder of a given encoder once all of it is there."""
 BLOCK_UNITS = 16
 """Units whose rows of a shard are handed to its index together."""
 
@@ -101,7 +106,7 @@ class Embeddings:
         first, end = unit * UNIT_KEYS, unit * UNIT_KEYS + self.size(unit)
         if not np.array_equal(ids, np.arange(first + (shard - first) % self.shards, end, self.shards)):
             raise ValueError(f"{file}: has other keys than it must have: remove it, and run the same command again")
-        return ids, batch["embedding"].flatten().to_numpy().reshape(len(ids), -1)
+        return ids, batch["embedding"].flatten().to_numpy().reshape(len(ids), batch["embedding"].type.list_size)
 
 
 def embed_keys(
@@ -122,6 +127,36 @@ def embed_keys(
     with Progress("embed", len(table), "keys", done=finished) as progress:
         for keys in map_units(blocks, _UnitEncoder, arguments, cluster):
             progress.add(keys)
+
+
+def embed_files(
+    inputs: Sequence[str],
+    output: Folder,
+    encoder: str,
+    section: EncoderSection,
+    cluster: ClusterSection,
+    *,
+    dtype: str = "float32",
+    id_column: str = "id",
+    text_column: str = "text",
+) -> Embeddings:
+    """Embed the texts of any files under `output`, which gets embeddings/KEY/unit-*.arrow (key_id, embedding) and
+    ids.parquet (key_id, id) beside them. The same command goes on where it was stopped.
+
+    inputs: as `read_texts` takes them, local. encoder: folder, hub name or `package:NAME`.
+    """
+    tables = [read_texts(Path(path), id_column, text_column) for path in inputs]
+    staged = stage_encoder(output, encoder, section)
+    identity = "\0".join([staged.name, dtype, *map(digest_texts, tables)])
+    folder = output / "embeddings" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    table = pa.concat_tables(tables)
+    table = table.add_column(0, "key_id", pa.array(np.arange(len(table))))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.select(["key_id", "id"]), sink)
+    (folder / "ids.parquet").write(sink.getvalue())
+    embeddings = Embeddings(folder, len(table), 1, dtype)
+    embed_keys(table, staged, embeddings, section, cluster)
+    return embeddings
 
 
 def map_units(
@@ -169,6 +204,17 @@ class _UnitEncoder:
             return {"error": np.array([said])}
         self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
         return {"rows": np.array([len(unit)])}
+
+
+def stage_encoder(storage: Folder, model: str, section: EncoderSection) -> Folder:
+    """Put any encoder (folder, hub name, `package:NAME`), cut as the section says, where every node sees it."""
+    tower = TextEncoder.load(model, layers=section.layers, max_tokens=section.max_tokens)
+    target = storage / "encoders" / f"given-{tower.fingerprint[:16]}"
+    if (target / STAGED).size() is None:
+        with target.filling() as local:
+            tower.save(local)
+        (target / STAGED).write(b"")
+    return target
 
 
 def load_encoder(folder: Folder) -> TextEncoder:

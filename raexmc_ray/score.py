@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
 
 from raexmc_ray.embed import map_units, use_hardware
 from raexmc_ray.files import Folder
+from raexmc_ray.inputs import digest_texts, read_texts
 from raexmc_ray.memory.pool import ShardPool
 from raexmc_ray.memory.snapshot import LABELS, open_snapshot
 from raexmc_ray.predict import aggregate
@@ -27,7 +27,6 @@ from raexmc_ray.recipe import ClusterSection, PredictionSection
 
 UNIT_ROWS = 1024
 """Input rows in a unit: one output file."""
-SUFFIXES = (".parquet", ".json", ".jsonl", ".txt")
 
 
 def score(
@@ -48,8 +47,8 @@ def score(
     """
     opened = open_snapshot(memory)
     metadata = {"snapshot": opened.manifest.id, "settings": settings.model_dump_json(by_alias=True)}
-    tables = [_read(Path(path), id_column, text_column) for path in inputs]
-    identity = json.dumps([metadata, [_digest(table) for table in tables]])
+    tables = [read_texts(Path(path), id_column, text_column) for path in inputs]
+    identity = json.dumps([metadata, [digest_texts(table) for table in tables]])
     parts = output / hashlib.sha256(identity.encode()).hexdigest()[:16]
     done = set(parts.names())
     blocks, total, finished = [], sum(len(table) for table in tables), 0
@@ -103,40 +102,3 @@ class _UnitScorer:
         pq.write_table(table, sink)
         (self._output / unit["unit"][0].as_py()).write(sink.getvalue())
         return {"rows": np.array([len(unit)])}
-
-
-def _read(path: Path, id_column: str, text_column: str) -> pa.Table:
-    """(id: string, text: string) of a file's rows."""
-    suffix = next((s for s in SUFFIXES if path.name.removesuffix(".gz").endswith(s)), None)
-    if not path.is_file() or suffix is None:
-        raise ValueError(f"{path}: expected a file that exists and ends in {', '.join(SUFFIXES)} (or .gz after it)")
-    try:
-        table = pq.read_table(path) if suffix == ".parquet" else _read_text(path, suffix, id_column, text_column)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is torn, or no {suffix} file in UTF-8: {error}") from None
-    for column, flag in ((id_column, "--id-column"), (text_column, "--text-column")):
-        if column not in table.column_names:
-            raise ValueError(f"{path}: has no column {column!r}; it has {table.column_names}: name one by {flag}")
-    table = pa.table({"id": table[id_column].cast(pa.string()), "text": table[text_column].cast(pa.string())})
-    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(table["text"]), ""), True)
-    if pc.any(blank).as_py():
-        row = int(np.flatnonzero(np.asarray(blank))[0]) + 1
-        raise ValueError(f"{path}, row {row}, column {text_column!r}: the text is empty: drop the row")
-    return table
-
-
-def _read_text(path: Path, suffix: str, id_column: str, text_column: str) -> pa.Table:
-    """The rows of a text or JSON-lines file, compressed or not."""
-    with pa.input_stream(str(path), compression="detect") as stream:
-        content = stream.read()
-    if suffix != ".txt":
-        return pyarrow.json.read_json(pa.BufferReader(content))
-    texts = content.decode("utf-8").splitlines()
-    return pa.table({id_column: [str(i + 1) for i in range(len(texts))], text_column: texts})
-
-
-def _digest(table: pa.Table) -> str:
-    digest = hashlib.sha256()
-    for name in ("id", "text"):
-        digest.update("\0".join(value or "" for value in table[name].to_pylist()).encode())
-    return digest.hexdigest()

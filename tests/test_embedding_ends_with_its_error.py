@@ -13,9 +13,10 @@ import torch
 from helpers import MODEL, write_tiny_corpus
 
 from raexmc_ray.corpus import read_corpus
+from raexmc_ray.embed import stage_encoder
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
-from raexmc_ray.memory.build import build, stage_encoder
+from raexmc_ray.memory.build import build
 from raexmc_ray.recipe import Recipe
 
 pytestmark = pytest.mark.ray
@@ -42,7 +43,7 @@ def test_an_actor_that_dies_each_time_ends_the_job(ray_cluster: str, tmp_path: P
         "cluster": {"storage": str(tmp_path / "run")},
     }
     recipe = Recipe.parse(settings)
-    encoder, ended, killed = stage_encoder(recipe, MODEL), threading.Event(), set()
+    encoder, ended, killed = stage_encoder(Folder.at(tmp_path / "run"), MODEL, recipe.encoder), threading.Event(), set()
 
     def kill_each() -> None:
         while not ended.wait(0.05):

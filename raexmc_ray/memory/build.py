@@ -11,7 +11,6 @@ import ray
 
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.embed import Embeddings, embed_keys, load_encoder
-from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import FileEntry, Folder
 from raexmc_ray.memory.index import use_threads
 from raexmc_ray.memory.plan import BUILD_MEMORY, shard_bytes
@@ -28,9 +27,6 @@ from raexmc_ray.memory.write import (
 )
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
-
-STAGED = "staged"
-"""Written into the folder of a given encoder once all of it is there."""
 
 
 def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
@@ -95,14 +91,3 @@ def _write_shard(
     use_threads(threads)
     mine = np.arange(shard, len(keys), plan.shards)
     return write_shard(plan, shard, trained, keys.take(mine), lambda: embeddings.of_shard(shard))
-
-
-def stage_encoder(recipe: Recipe, model: str) -> Folder:
-    """Put any encoder (folder, hub name, `package:NAME`), cut as the recipe says, where every node sees it."""
-    tower = TextEncoder.load(model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
-    target = Folder.at(recipe.cluster.storage) / "encoders" / f"given-{tower.fingerprint[:16]}"
-    if (target / STAGED).size() is None:
-        with target.filling() as local:
-            tower.save(local)
-        (target / STAGED).write(b"")
-    return target
