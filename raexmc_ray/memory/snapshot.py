@@ -44,6 +44,7 @@ MANIFEST = "manifest.json"
 LABELS = "labels.parquet"
 ENCODER = "encoder"
 TRAINED = "trained.faiss"
+ALTERED = "{}: its sha256 is not the manifest's: it was altered"
 
 
 class SnapshotError(ValueError):
@@ -100,8 +101,12 @@ class Snapshot:
         entry = self.manifest.files.get(name)
         if entry is None:
             raise SnapshotError(f"{self.folder / name}: the manifest does not list this file")
-        check_file(self.folder / name, entry, verify)
-        return (self.folder / name).local(self._cache_for(name))
+        file = self.folder / name
+        check_file(file, entry, verify and file.is_local)
+        path = file.local(self._cache_for(name))
+        if verify and not file.is_local and Folder.at(path).sha256() != entry.sha256:  # read once, not twice
+            raise SnapshotError(ALTERED.format(file))
+        return path
 
     def encoder_folder(self) -> Path:
         """A local path of the encoder's folder, every file of it verified."""
@@ -152,7 +157,7 @@ def check_file(file: Folder, entry: FileEntry, verify: bool = True) -> None:
     if size != entry.size:
         raise SnapshotError(f"{file}: has {size:,} bytes, the manifest says {entry.size:,}: it is torn")
     if verify and file.sha256() != entry.sha256:
-        raise SnapshotError(f"{file}: its sha256 is not the manifest's: it was altered")
+        raise SnapshotError(ALTERED.format(file))
 
 
 def verify(snapshot: Snapshot) -> Iterator[int]:
