@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both set up .venv by themselves.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format benchmarks clean
+.PHONY: help demo test soak check format benchmarks clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,6 +31,9 @@ demo: $(INSTALLED) ## The whole main job on a real corpus: train, embed, build, 
 
 test: $(INSTALLED) ## The whole test suite
 	@exec $(BIN)/python -m pytest
+
+soak: $(INSTALLED) ## Twenty rounds of each kill test of the memory; results in benchmarks/results
+	@RAEXMC_SOAK=1 $(BIN)/python -m pytest tests/test_memory_survives_kills.py --timeout 7200
 
 check: $(INSTALLED) ## Lint, format and type checks
 	$(BIN)/ruff check .
