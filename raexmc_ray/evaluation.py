@@ -14,7 +14,7 @@ from raexmc_ray.memory.hits import Hits
 from raexmc_ray.metrics import inverse_propensity, score_table
 from raexmc_ray.predict import aggregate
 from raexmc_ray.progress import Progress
-from raexmc_ray.recipe import CorpusSection, Neighbours, PredictionSection
+from raexmc_ray.recipe import METRICS, CorpusSection, Neighbours, PredictionSection
 
 DEPTH = 100
 """Labels predicted for a row: the deepest metric is R@100."""
@@ -103,8 +103,8 @@ def _popular(corpus: Corpus) -> np.ndarray:
 
 
 def format_table(table: Mapping[str, Mapping[str, float]], names: Sequence[str] | None = None) -> str:
-    """The table as aligned text, a row a line, in percent."""
-    names = names or list(next(iter(table.values())))
+    """The table as aligned text, a row a line, in percent: METRICS, unless other names are given."""
+    names = names or METRICS
     widths = [max(len(name), 5) for name in names]
     first = max(len(row) for row in table)
     lines = [" " * first + "  " + "  ".join(f"{n:>{w}}" for n, w in zip(names, widths, strict=True))]

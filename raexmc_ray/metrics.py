@@ -1,15 +1,19 @@
-"""P@k, nDCG@k, PSP@k and R@k as pyxclib computes them (METHOD.md, Metrics). Binary relevance.
+"""P@k, nDCG@k, PSP@k, PSnDCG@k and R@k as pyxclib computes them (METHOD.md, Metrics), and which labels they come from.
 
-Rows without labels are excluded from every mean. A row with fewer than k predictions is padded with wrong
-ones.
+Binary relevance. Rows without labels are excluded from every mean. A row with fewer than k predictions is padded
+with wrong ones. No array is as long as rows × labels: predictions are looked up in the sorted pairs (row, label).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+
+BLOCK_ROWS = 65536
+"""Rows looked up at once: a few hundred megabytes at a hundred predictions each."""
 
 
 def inverse_propensity(relevance: sp.csr_matrix, a: float, b: float) -> np.ndarray:
@@ -24,6 +28,41 @@ def inverse_propensity(relevance: sp.csr_matrix, a: float, b: float) -> np.ndarr
     return 1 + c * (counts + b) ** -a
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Predictions beside what is relevant, of the rows that have a label.
+
+    rows: int64 [R], their places. predicted_Rk: int64, −1 for none. hits_Rk: bool, whether each is relevant.
+    relevance: CSR [R, L]. counts_R: int64, labels of each row.
+    """
+
+    rows: np.ndarray
+    predicted_Rk: np.ndarray
+    hits_Rk: np.ndarray
+    relevance: sp.csr_matrix
+    counts_R: np.ndarray
+
+
+def judge(predicted_Bk: np.ndarray, relevance: sp.csr_matrix, depth: int) -> Judged:
+    """Look up the first `depth` predictions of each row.
+
+    predicted_Bk: int64, the predicted labels of each row, the best first, distinct; −1 for none.
+    relevance: CSR [B, L]. Raises ValueError where no row has a label, or fewer labels were predicted than `depth`.
+    """
+    if predicted_Bk.shape[1] < depth:
+        raise ValueError(f"metrics to {depth} labels need as many predictions; found {predicted_Bk.shape[1]}")
+    counts_B = np.diff(relevance.indptr)
+    rows = np.flatnonzero(counts_B)
+    if not len(rows):
+        raise ValueError("no row has a label: there is nothing to measure")
+    relevance, predicted_Rk = relevance[rows], predicted_Bk[rows, :depth]
+    hits = [
+        _hits(predicted_Rk[start : start + BLOCK_ROWS], relevance[start : start + BLOCK_ROWS])
+        for start in range(0, len(rows), BLOCK_ROWS)
+    ]
+    return Judged(rows, predicted_Rk, np.concatenate(hits), relevance, counts_B[rows])
+
+
 def score_table(
     predicted_Bk: np.ndarray,
     relevance: sp.csr_matrix,
@@ -31,36 +70,74 @@ def score_table(
     precision_at: Sequence[int] = (1, 3, 5),
     recall_at: Sequence[int] = (10, 100),
 ) -> dict[str, float]:
-    """{"P@1": …, "nDCG@1": …, "PSP@1": …, "R@10": …} in percent.
+    """{"P@1": …, "nDCG@1": …, "PSP@1": …, "PSnDCG@1": …, "R@10": …} in percent.
 
-    predicted_Bk: int64, the predicted labels of each row, the best first, distinct; −1 for none.
-    relevance: CSR [B, L]. inverse_propensity_L: float64, of the training part.
-    Raises ValueError where no row has a label, or fewer labels were predicted than are to be looked at.
+    predicted_Bk, relevance: as `judge` takes them, and its errors. inverse_propensity_L: float64, of the training part.
     """
-    deepest = max(*precision_at, *recall_at)
-    if predicted_Bk.shape[1] < deepest:
-        raise ValueError(f"metrics to {deepest} labels need as many predictions; found {predicted_Bk.shape[1]}")
-    counts_B = np.diff(relevance.indptr)
-    labelled = np.flatnonzero(counts_B)
-    if not len(labelled):
-        raise ValueError("no row has a label: there is nothing to measure")
-    relevance, counts_B = relevance[labelled], counts_B[labelled]
-    predicted_Bk = predicted_Bk[labelled, :deepest]
-    hits_Bk = _hits(predicted_Bk, relevance)
-    weights_Bk = np.where(hits_Bk, inverse_propensity_L[np.maximum(predicted_Bk, 0)], 0.0)
-    ideal_Bk = _best_weights(relevance, inverse_propensity_L, max(precision_at))
+    judged = judge(predicted_Bk, relevance, max(*precision_at, *recall_at))
+    deepest = max(precision_at)
+    hits_Rk, counts_R = judged.hits_Rk, judged.counts_R
+    looked_at = judged.predicted_Rk[:, :deepest]
+    weights_Rk = np.where(hits_Rk[:, :deepest], inverse_propensity_L[np.maximum(looked_at, 0)], 0.0)
+    ideal_Rk = _best_weights(judged.relevance, inverse_propensity_L, deepest)
     discounts = 1 / np.log2(np.arange(2, deepest + 2))
     ideal_dcg = np.concatenate([[0], np.cumsum(discounts)])
     table = {}
     for k in precision_at:
-        table[f"P@{k}"] = hits_Bk[:, :k].sum(1).mean() / k
+        table[f"P@{k}"] = hits_Rk[:, :k].sum(1).mean() / k
     for k in precision_at:
-        table[f"nDCG@{k}"] = (hits_Bk[:, :k] @ discounts[:k] / ideal_dcg[np.minimum(k, counts_B)]).mean()
+        table[f"nDCG@{k}"] = (hits_Rk[:, :k] @ discounts[:k] / ideal_dcg[np.minimum(k, counts_R)]).mean()
     for k in precision_at:
-        table[f"PSP@{k}"] = weights_Bk[:, :k].sum() / ideal_Bk[:, :k].sum()
+        table[f"PSP@{k}"] = weights_Rk[:, :k].sum() / ideal_Rk[:, :k].sum()
+    for k in precision_at:
+        gained, best = (w[:, :k] @ discounts[:k] / ideal_dcg[np.minimum(k, counts_R)] for w in (weights_Rk, ideal_Rk))
+        table[f"PSnDCG@{k}"] = gained.sum() / best.sum()
     for k in recall_at:
-        table[f"R@{k}"] = (hits_Bk[:, :k].sum(1) / counts_B).mean()
+        table[f"R@{k}"] = (hits_Rk[:, :k].sum(1) / counts_R).mean()
     return {name: 100 * float(value) for name, value in table.items()}
+
+
+def coverage(judged: Judged, k: int) -> dict[str, float]:
+    """Which labels the first k predictions of all rows reach, in percent: {"predicted": of all labels, those that
+    were predicted at least once; "found": of the labels that are relevant somewhere, those that were right once}."""
+    predicted, hits = judged.predicted_Rk[:, :k], judged.hits_Rk[:, :k]
+    relevant = len(np.unique(judged.relevance.indices))
+    return {
+        "predicted": 100 * len(np.unique(predicted[predicted >= 0])) / judged.relevance.shape[1],
+        "found": 100 * len(np.unique(predicted[hits])) / relevant,
+    }
+
+
+def frequency_groups(counts_L: np.ndarray, groups: int) -> np.ndarray:
+    """int64 [L]: the group of each label by its number of training instances, 0 the most frequent; each group has an
+    equal share of the training pairs, as far as whole labels allow. Three of them are head, torso and tail.
+
+    counts_L: int64. Labels of equal frequency stand in the order of their ids; those without a training instance are
+    in the last group.
+    """
+    order = np.argsort(-counts_L, kind="stable")
+    before = np.cumsum(counts_L[order]) - counts_L[order]
+    group_L = np.empty(len(counts_L), np.int64)
+    group_L[order] = np.minimum(groups * before // max(1, int(counts_L.sum())), groups - 1)
+    group_L[counts_L == 0] = groups - 1
+    return group_L
+
+
+def by_group(judged: Judged, group_L: np.ndarray, k: int) -> list[dict[str, float]]:
+    """For each group of labels {"labels": number, "P": its part of P@k, "R": its pairs found among the first k},
+    the last two in percent. The parts add up to P@k of all labels.
+
+    group_L: int64 [L], groups 0, 1, 2 …
+    """
+    groups = int(group_L.max()) + 1
+    hits = judged.hits_Rk[:, :k]
+    found = np.bincount(group_L[judged.predicted_Rk[:, :k][hits]], minlength=groups)
+    pairs = np.bincount(group_L[judged.relevance.indices], minlength=groups)
+    labels = np.bincount(group_L, minlength=groups)
+    return [
+        {"labels": float(n), "P": 100 * f / (k * len(hits)), "R": 100 * f / max(1, p)}
+        for n, f, p in zip(labels.tolist(), found.tolist(), pairs.tolist(), strict=True)
+    ]
 
 
 def _hits(predicted_Bk: np.ndarray, relevance: sp.csr_matrix) -> np.ndarray:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@1", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", "PSP@5", "R@10", "R@100")
-"""What is measured, on the test part and on rows held out while training."""
+"""What is shown, of the test part and of rows held out while training. Files have PSnDCG, too."""
 
 
 INDEX_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16", "ivf-pq", "hnsw")
