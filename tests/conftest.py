@@ -78,8 +78,8 @@ def tiny_run(ray_cluster: str, tiny_corpus: Path, tmp_path_factory: pytest.TempP
     return recipe
 
 
-def kill_rounds(name: str, short: int = 2, soak: int = 20) -> Iterator[int]:
-    """The rounds of a kill test: a few, or with RAEXMC_SOAK=1 all of them, which leaves a result."""
+def kill_rounds(name: str, short: int = 1, soak: int = 20) -> Iterator[int]:
+    """The rounds of a kill test: one, or with RAEXMC_SOAK=1 all of them, which leaves a result."""
     long = os.environ.get("RAEXMC_SOAK") == "1"
     rounds = soak if long else short
     yield from range(rounds)

@@ -1,5 +1,5 @@
 """Processes killed at random moments while a memory is embedded, built and searched: nothing lost, nothing doubled,
-no torn snapshot ever current. A few rounds here; `make soak` runs twenty of each."""
+no torn snapshot ever current. One round here; `make soak` runs twenty of each."""
 
 from __future__ import annotations
 
