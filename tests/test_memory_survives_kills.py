@@ -66,9 +66,7 @@ class Undisturbed:
         self.recipe = recipe_of(self.corpus, folder / "run")
         self.read: Corpus = read_corpus(self.corpus)
         self.encoder = stage_encoder(Folder.at(folder / "run"), MODEL, self.recipe.encoder)
-        started = time.monotonic()
         build(self.recipe, self.read, self.encoder)
-        self.seconds = time.monotonic() - started
         self.contents = contents(folder / "run")
 
 
@@ -86,19 +84,22 @@ def undisturbed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> U
     return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
-class Killer(threading.Thread):
-    """Kills one of this cluster's processes that works on `name`, so many seconds after the first is seen."""
+def progress(storage: Path) -> int:
+    """Units embedded and shards written so far: five units, then 24 shards."""
+    return len([*storage.rglob("unit-*"), *storage.glob("memory/building/*/shard-*.json")])
 
-    def __init__(self, name: str, delay: float) -> None:
+
+class Killer(threading.Thread):
+    """Kills one of this cluster's processes that works on `name`, once so many units and shards are done."""
+
+    def __init__(self, name: str, storage: Path, done: int) -> None:
         super().__init__()
-        self.name_, self.delay, self.killed, self.ended = name, delay, 0, threading.Event()
+        self.name_, self.storage, self.done, self.killed, self.ended = name, storage, done, 0, threading.Event()
 
     def run(self) -> None:
-        seen = None
         while not self.ended.is_set():
             found = [process for process in psutil.Process().children(recursive=True) if self._is_it(process)]
-            seen = seen or (time.monotonic() if found else None)
-            if seen and found and time.monotonic() - seen >= self.delay:
+            if found and progress(self.storage) >= self.done:
                 self.killed = random.choice(found).pid
                 os.kill(self.killed, signal.SIGKILL)
                 return
@@ -123,7 +124,7 @@ def test_a_killed_embedding_actor(undisturbed: Undisturbed, tmp_path: Path) -> N
     kills = 0
     for number in kill_rounds("embedding_actor"):
         recipe = recipe_of(undisturbed.corpus, tmp_path / str(number))
-        with Killer("_UnitEncoder", random.uniform(0, undisturbed.seconds / 2)) as killer:
+        with Killer("_UnitEncoder", tmp_path / str(number), random.randint(0, 3)) as killer:
             build(recipe, undisturbed.read, undisturbed.encoder)
         kills += killer.killed > 0
         assert contents(tmp_path / str(number)) == undisturbed.contents
@@ -136,7 +137,7 @@ def test_a_killed_shard_during_build(undisturbed: Undisturbed, tmp_path: Path) -
     for number in kill_rounds("shard_build"):
         storage = tmp_path / str(number)
         shutil.copytree(Path(undisturbed.recipe.cluster.storage) / "embeddings", storage / "embeddings")
-        with Killer("_write_shard", random.uniform(0, 1)) as killer:
+        with Killer("_write_shard", storage, 5 + random.randint(0, 14)) as killer:
             build(recipe_of(undisturbed.corpus, storage), undisturbed.read, undisturbed.encoder)
         kills += killer.killed > 0
         assert contents(storage) == undisturbed.contents
@@ -173,16 +174,13 @@ def test_a_killed_driver(undisturbed: Undisturbed, tmp_path: Path) -> None:
         recipe.write_text(yaml.safe_dump(recipe_of(undisturbed.corpus, storage).model_dump(by_alias=True, mode="json")))
         command = [sys.executable, "-m", "raexmc_ray.cli", "build", "--recipe", str(recipe), "--encoder"]
         command.append(undisturbed.encoder.path)
-        # What is killed before its first unit is no test: from there on, any moment.
         driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while driver.poll() is None and not list(storage.rglob("unit-*")):
+        done = random.randint(1, 20)
+        while driver.poll() is None and progress(storage) < done:
             time.sleep(0.01)
-        try:
-            driver.wait(random.uniform(0, undisturbed.seconds))
-        except subprocess.TimeoutExpired:
-            driver.kill()
-            driver.wait()
-            kills += 1
+        kills += driver.poll() is None
+        driver.kill()
+        driver.wait()
         if (storage / "memory/CURRENT").exists():
             assert sum(verify(open_snapshot(storage / "memory"))) > 0, "what is current is whole"
         before = {unit: unit.stat().st_mtime_ns for unit in storage.rglob("unit-*")}
