@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import scipy.sparse as sp
 
+from raexmc_ray.corpus import Corpus, Split
+from raexmc_ray.corpus.types import text_table
 from raexmc_ray.embed import Embeddings
 from raexmc_ray.files import FileEntry, Folder, describe_file
-from raexmc_ray.memory.shard import INSTANCE, LABEL
 from raexmc_ray.memory.snapshot import TRAINED, Manifest, publish
-from raexmc_ray.memory.write import SEGMENT, SnapshotPlan
+from raexmc_ray.memory.write import SEGMENT, SnapshotPlan, key_table
 from raexmc_ray.recipe import PredictionSection
 
 KEYS = int(os.environ.get("RAEXMC_KEYS", 3_550_000))
@@ -48,29 +50,20 @@ def write_embeddings(centres: np.ndarray) -> Embeddings:
     return embeddings
 
 
-def key_table() -> pa.Table:
-    """Keys with texts and labels of a real size."""
+def scale_table() -> pa.Table:
+    """Keys with texts and labels of a real size, as `key_table` gives them."""
     labels = KEYS - INSTANCES
-    offsets = np.concatenate(
-        [np.arange(INSTANCES) * LABELS_PER_INSTANCE, INSTANCES * LABELS_PER_INSTANCE + np.arange(labels + 1)]
+    targets = np.random.default_rng(2).integers(labels, size=INSTANCES * LABELS_PER_INSTANCE, dtype=np.int32)
+    ends = np.arange(INSTANCES + 1) * LABELS_PER_INSTANCE
+    relevance = sp.csr_matrix((np.ones(len(targets), np.float32), targets, ends), shape=(INSTANCES, labels))
+    title = "the title of product {}, of fifty or sixty letters"
+    instances, names = (
+        text_table([f"{kind}{i:09d}" for i in range(rows)], [title.format(i) for i in range(rows)])
+        for kind, rows in (("X", INSTANCES), ("Z", labels))
     )
-    votes = np.random.default_rng(2).integers(labels, size=offsets[-1], dtype=np.int32)
-    votes[INSTANCES * LABELS_PER_INSTANCE :] = np.arange(labels)
-    kinds = pa.DictionaryArray.from_arrays(
-        np.repeat(np.array([0, 1], np.int8), [INSTANCES, labels]), pa.array([INSTANCE, LABEL])
-    )
-    ids = np.arange(KEYS)
-    text = pa.array([f"the title of product {i}, of fifty or sixty letters" for i in range(KEYS)], pa.large_string())
-    uid = pa.array([f"B{i:09d}" for i in range(KEYS)], pa.large_string())
-    return pa.table(
-        {
-            "key_id": ids,
-            "kind": kinds,
-            "uid": uid,
-            "text": text,
-            "labels": pa.LargeListArray.from_arrays(offsets, votes),
-        }
-    )
+    nothing = np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(INSTANCES + 1, np.int64)
+    train = Split(instances, relevance, sp.csr_matrix(nothing, shape=relevance.shape))
+    return key_table(Corpus(train, train, names))
 
 
 def publish_scale(plan: SnapshotPlan, trained: bytes, files: dict[str, FileEntry]) -> None:

@@ -30,8 +30,8 @@ from _scale import (
     SHARDS,
     THREADS,
     cluster_centres,
-    key_table,
     publish_scale,
+    scale_table,
     vectors,
     write_embeddings,
 )
@@ -227,7 +227,7 @@ def restart(pool: ShardPool, query: np.ndarray, neighbours: Neighbours) -> float
 
 def main() -> None:
     centres = cluster_centres()
-    embeddings, table = write_embeddings(centres), key_table()
+    embeddings, table = write_embeddings(centres), scale_table()
     print(f"{KEYS:,} keys written in units of {UNIT_KEYS:,}", flush=True)
     queries_BD = vectors(np.random.default_rng(3), centres, (ROUNDS + 1) * B)
     exact_Bb = exact(embeddings, queries_BD)

@@ -59,7 +59,7 @@ def bare_loop(in_chunks: bool) -> float:
         scores = embeddings[:B] @ embeddings.T / settings.temperature
         scores = scores.masked_fill(torch.nn.functional.one_hot(torch.arange(B), len(embeddings)).bool(), -1e4)
         loss = torch.nn.functional.cross_entropy(scores, drawn + B)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ended.append(time.perf_counter())

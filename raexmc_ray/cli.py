@@ -311,7 +311,7 @@ def print_answer(text: str, labels: list[dict[str, Any]]) -> None:
     """The labels of one text as a table, with the evidence for each."""
     table = Table(title=text, title_justify="left", pad_edge=False, box=None)
     for name, justify in (("score", "right"), ("label", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literals
     for label in labels:
         table.add_row(f"{label['score']:.4f}", label["text"])
         for vote in label.get("evidence") or []:

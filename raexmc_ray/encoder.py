@@ -148,7 +148,7 @@ class TextEncoder(nn.Module):
     @property
     def dimension(self) -> int:
         """d: numbers in an embedding."""
-        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]  # transformers'
 
     @property
     def device(self) -> torch.device:

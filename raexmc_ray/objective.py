@@ -100,7 +100,7 @@ def loss_and_gradients(
             votes_CN=masks.votes,
         )
         loss = loss_B.sum() * scale
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
         assert block.grad is not None
         to_queries[start:stop] = block.grad
         total += loss.detach()

@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from raexmc_ray.memory.hits import Hits, best_cells
+from raexmc_ray.ragged import rank_in_row
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def aggregate(
         row, label, score = row[kept], label[kept], score[kept]
     order = np.lexsort((label, -score, row))
     row, label, score = row[order], label[order], score[order]
-    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    rank = rank_in_row(row)
     top = rank < k
     labels_Bk = np.full((B, k), -1, np.int64)
     scores_Bk = np.zeros((B, k), np.float32)

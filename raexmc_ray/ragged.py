@@ -12,6 +12,11 @@ def ragged_take(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tu
     return values[ragged_places(starts, lengths)], np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
+def rank_in_row(rows: np.ndarray) -> np.ndarray:
+    """int64: 0, 1, 2 … within each run of equal numbers of `rows`, which is sorted."""
+    return np.arange(len(rows)) - np.searchsorted(rows, rows)
+
+
 def ragged_places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """int64: starts[0] … starts[0] + lengths[0] − 1, then those of the next row, and so on."""
     ends = np.cumsum(lengths)

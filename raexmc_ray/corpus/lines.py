@@ -103,4 +103,4 @@ def read_pairs(path: Path | None, rows: int, columns: int) -> tuple[list[int], l
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # a GzipFile is no BinaryIO

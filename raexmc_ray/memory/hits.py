@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raexmc_ray.ragged import ragged_places
+from raexmc_ray.ragged import ragged_places, rank_in_row
 from raexmc_ray.recipe import Neighbours
 
 
@@ -57,16 +57,17 @@ def merge_hits(parts: Sequence[Hits], neighbours: Neighbours) -> Hits:
     key_ids, scores, is_label = key_ids[row, cell], scores[row, cell], is_label[row, cell]
     order = np.lexsort((key_ids, -scores, row))
     row, cell, key_ids, scores, is_label = (a[order] for a in (row, cell, key_ids, scores, is_label))
-    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    rank = rank_in_row(row)
 
     B = len(parts[0].key_ids_Bb)
-    merged = np.full((B, width), -1, np.int64), np.full((B, width), -np.inf, np.float32), np.zeros((B, width), bool)
-    for target, values in zip(merged, (key_ids, scores, is_label), strict=True):
-        target[row, rank] = values
+    keys_Bb, scores_Bb = np.full((B, width), -1, np.int64), np.full((B, width), -np.inf, np.float32)
+    is_label_Bb = np.zeros((B, width), bool)
+    keys_Bb[row, rank], scores_Bb[row, rank], is_label_Bb[row, rank] = key_ids, scores, is_label
     votes, lengths = _votes_of(parts, row, cell)
     lengths_Bb = np.zeros(B * width, np.int64)
     lengths_Bb[row * width + rank] = lengths
-    return Hits(*merged, votes, np.concatenate([[0], np.cumsum(lengths_Bb)]), parts[0].snapshot)
+    offsets = np.concatenate([[0], np.cumsum(lengths_Bb)])
+    return Hits(keys_Bb, scores_Bb, is_label_Bb, votes, offsets, parts[0].snapshot)
 
 
 def best_cells(scores: np.ndarray, ids: np.ndarray, valid: np.ndarray, limit: int) -> np.ndarray:
@@ -88,7 +89,7 @@ def best_cells(scores: np.ndarray, ids: np.ndarray, valid: np.ndarray, limit: in
     in_question = np.isin(row, crowded)
     questioned, row = cells[in_question], row[in_question]
     order = np.lexsort((ids.ravel()[questioned], -scores.ravel()[questioned], row))
-    rank = np.arange(len(order)) - np.searchsorted(row, row)  # `row` is sorted, and the same in this order
+    rank = rank_in_row(row)  # `row` is sorted, and the same in this order
     return np.sort(np.concatenate([cells[~in_question], questioned[order][rank < limit]]))
 
 

@@ -40,6 +40,7 @@ REFINED = 6
 """Keys of `ivf-pq` that are rescored for each one that is wanted."""
 SAMPLE_PER_LIST, SAMPLE_LEAST = 64, 16384
 """Keys that a quantiser is trained on: so many for each list, and so many at least."""
+KMEANS_ROUNDS = 10
 GPU_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16")
 GPU_WIDTH = 2048
 """The most candidates that FAISS finds on a GPU; it also has no ranges of keys there. The CPU does the rest."""
@@ -138,7 +139,8 @@ def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
 
 def _inverted_lists(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
     d = spec.dimension
-    means = _faiss.Kmeans(d, spec.lists, niter=10, spherical=True, seed=SEED, max_points_per_centroid=1 << 30)
+    settings = {"niter": KMEANS_ROUNDS, "spherical": True, "seed": SEED, "max_points_per_centroid": 1 << 30}
+    means = _faiss.Kmeans(d, spec.lists, **settings)
     means.cp.min_points_per_centroid = 1  # no warning on standard output: we chose
     means.train(_enough(sample_ND, spec.lists))
     quantizer: Any = faiss.IndexFlatIP(d)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from raexmc_ray.memory.index import GRAPH_LINKS, IndexSpec
+from raexmc_ray.memory.index import GRAPH_LINKS, KMEANS_ROUNDS, IndexSpec
 from raexmc_ray.recipe import MemorySection
 
 ID_BYTES = 8
 """Of a key's position in an inverted list."""
 BLOCK = 32
 """Keys that `ivf-pq` lays out together: a list is padded to a multiple of them."""
+SHARD_LIMIT = 4 << 30
+"""Bytes of a shard beyond which more shards are better: it is what an actor loads, and what is lost with it."""
+SHARD_WORTH = 1 << 28
+"""Bytes below which a shard is not worth an actor of its own."""
+HEADROOM = 0.7
+"""Share of a machine's memory that shards may take."""
+BUILD_MEMORY = 1.3
+"""Memory of a build over that of the finished index."""
+CORE_FLOPS = 60e9
+"""Float32 operations a second of one core in a matrix product: assumed, of the right order for a server's core."""
+KEY_BYTES = 40
+"""Of a key beside its text and labels: id, kind, offsets, uid."""
 
 
 def index_bytes(spec: IndexSpec, keys: int) -> int:
@@ -41,19 +53,6 @@ def vectors_bytes(spec: IndexSpec, keys: int) -> int:
 def shard_bytes(spec: IndexSpec, keys: int) -> int:
     """Bytes of one shard with so many keys: its index and what it rescores with."""
     return index_bytes(spec, keys) + vectors_bytes(spec, keys)
-
-
-SHARD_LIMIT = 4 << 30
-"""Bytes of a shard beyond which more shards are better: it is what an actor loads, and what is lost with it."""
-HEADROOM = 0.7
-"""Share of a machine's memory that shards may take."""
-BUILD_MEMORY = 1.3
-"""Memory of a build over that of the finished index."""
-CORE_FLOPS = 60e9
-"""Float32 operations a second of one core in a matrix product: what the `memory_scale` benchmark's machine reached."""
-KEY_BYTES = 40
-"""Of a key beside its text and labels: id, kind, offsets, uid."""
-KMEANS_ROUNDS = 10
 
 
 class MemoryPlan(BaseModel):
@@ -105,7 +104,7 @@ def plan_memory(
         )
     on_a_machine = -(-total // machines)
     # As many as a machine has cores, if they are worth an actor each, and more where one would be too large.
-    each = max(min(machine_cpus, -(-on_a_machine // (1 << 28))), -(-on_a_machine // SHARD_LIMIT))
+    each = max(min(machine_cpus, -(-on_a_machine // SHARD_WORTH)), -(-on_a_machine // SHARD_LIMIT))
     shards = machines * each
     rows = -(-keys // shards)
     memory = shard_bytes(index, rows)

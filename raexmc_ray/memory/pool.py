@@ -20,7 +20,7 @@ from raexmc_ray.memory.snapshot import Snapshot, open_snapshot
 from raexmc_ray.recipe import Neighbours
 
 PUT_ABOVE_BYTES = 100_000
-"""Larger queries are put in shared memory once; smaller ones travel inside each call."""
+"""Larger queries, and their lists, are put in shared memory once; smaller ones travel inside each call."""
 
 
 class ShardUnavailableError(RuntimeError):
@@ -61,7 +61,7 @@ class ShardPool:
         manifest = snapshot.manifest
         # Ray sees none of FAISS's memory: it must be told.
         needed = shard_bytes(manifest.index, -(-manifest.keys // manifest.shards))
-        make = ShardActor.options(num_cpus=cpus, num_gpus=int(gpu), memory=needed)  # type: ignore[attr-defined]
+        make = ShardActor.options(num_cpus=cpus, num_gpus=int(gpu), memory=needed)  # type: ignore[attr-defined]  # ray.remote's
         threads = max(1, int(cpus))
         self.actors = [make.remote(memory, manifest.id, shard, threads, gpu) for shard in range(manifest.shards)]
         self._call("pid")  # wait until all shards are open
@@ -72,8 +72,11 @@ class ShardPool:
         Raises ShardUnavailableError, which names the shard, rather than answer without it.
         """
         lists = self._quantizer.assign(queries_BD) if self._quantizer else None
-        queries = ray.put(queries_BD) if queries_BD.nbytes > PUT_ABOVE_BYTES else queries_BD
-        return merge_hits(self._call("search", queries, neighbours, lists), neighbours)
+        shared: tuple[Any, ...] = queries_BD, lists
+        if queries_BD.nbytes > PUT_ABOVE_BYTES:
+            shared = tuple(map(ray.put, shared))
+        queries, lists_ = shared
+        return merge_hits(self._call("search", queries, neighbours, lists_), neighbours)
 
     def keys(self, key_ids: np.ndarray) -> dict[int, dict[str, str]]:
         """{key id: {"kind", "uid", "text"}} of these keys."""

@@ -12,7 +12,7 @@
             index.faiss          embeddings
             vectors.npy          of `ivf-pq`: float16 embeddings to rescore with
             keys.arrow           key_id, kind, uid, text, labels (those that the key votes for)
-            files.json           size and sha256 of these: the shard is whole
+      building/ID/               what a build that was stopped finds again; removed when the snapshot is published
 
 Keys are an Arrow file, not Parquet: it is opened by memory map in no time, and read where it is asked.
 A snapshot is a list of segments; a build makes one. Readers refuse what is torn, altered, foreign or too new,

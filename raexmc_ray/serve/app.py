@@ -16,17 +16,17 @@ def build_app(settings: ServeSettings) -> Application:
     """
     memory = Folder.at(settings.memory)
     manifest = open_snapshot(memory, settings.snapshot).manifest
-    encoder = Encoder.options(  # type: ignore[attr-defined]
+    encoder = Encoder.options(  # type: ignore[attr-defined]  # serve.deployment's
         num_replicas=settings.encoder_replicas,
         ray_actor_options={"num_cpus": settings.encoder_cpus, "num_gpus": settings.encoder_gpus},
     ).bind(memory, manifest.id, int(settings.encoder_cpus))
     shards = [
-        MemoryShard.options(  # type: ignore[attr-defined]
+        MemoryShard.options(  # type: ignore[attr-defined]  # serve.deployment's
             name=f"MemoryShard-{shard}",
             num_replicas=settings.shard_replicas,
             ray_actor_options={"num_cpus": settings.shard_cpus},
         ).bind(memory, manifest.id, shard)
         for shard in range(manifest.shards)
     ]
-    ingress = Ingress.options(ray_actor_options={"num_cpus": 0.1})  # type: ignore[attr-defined]
+    ingress = Ingress.options(ray_actor_options={"num_cpus": 0.1})  # type: ignore[attr-defined]  # serve.deployment's
     return ingress.bind(memory, manifest.id, settings.timeout_s, encoder, *shards)

@@ -23,4 +23,4 @@ def serving(memory: str, port: int = 8000) -> Iterator[str]:
         serve.run(app, name=APPLICATION, route_prefix="/")
         yield f"http://127.0.0.1:{port}"
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
