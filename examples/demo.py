@@ -24,9 +24,8 @@ ASKED = ("cargo", "r-cran-dplyr", "fcitx5")
 
 def main(overrides: list[str]) -> None:
     """Run every step; prints what it does, the table of results, and three answers."""
-    import httpx
-
     from raexmc_ray.cli import print_answer, print_plain
+    from raexmc_ray.client import Client
     from raexmc_ray.cluster import connected
     from raexmc_ray.corpus import read_corpus
     from raexmc_ray.evaluation import evaluate, format_table
@@ -35,6 +34,7 @@ def main(overrides: list[str]) -> None:
     from raexmc_ray.memory.pool import open_in_actors
     from raexmc_ray.recipe import Recipe
     from raexmc_ray.serve.run import serving
+    from raexmc_ray.serve.schema import ServeSettings
     from raexmc_ray.train.trainer import train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -50,7 +50,7 @@ def main(overrides: list[str]) -> None:
     corpus = read_corpus(recipe.corpus.path, recipe.corpus.fields)
     print_plain(corpus.describe())
     storage = Folder.at(recipe.cluster.storage)
-    with connected():
+    with connected(dashboard=True):
         step(f"Train the encoder: {recipe.cluster.workers} workers, {recipe.training.epochs} epochs")
         encoder = train(recipe, corpus)
         print_plain(f"encoder: {encoder}")
@@ -68,11 +68,10 @@ def main(overrides: list[str]) -> None:
         uids = corpus.test.texts["uid"].to_pylist()
         texts = dict(zip(uids, corpus.test.texts["text"].to_pylist(), strict=True))
         asked = [*(uid for uid in ASKED if uid in texts), *uids][: len(ASKED)]
-        with serving(memory_path, _free_port()) as url:
+        with serving(ServeSettings(memory=memory_path), port=_free_port()) as url, Client(url) as client:
             for uid in asked:
-                body = {"texts": [texts[uid]], "k": 10, "evidence": 3}
-                reply = httpx.post(f"{url}/v1/predict", json=body, timeout=60).raise_for_status().json()
-                print_answer(texts[uid], reply["answers"][0]["labels"])
+                reply = client.predict([texts[uid]], k=10, evidence=3)
+                print_answer(texts[uid], reply.answers[0].labels)
         step("Done")
         print_plain(f"Ask it yourself: .venv/bin/raexmc serve {recipe.cluster.storage}/memory")
 

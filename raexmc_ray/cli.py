@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from raexmc_ray.recipe import Recipe
+from raexmc_ray.serve.errors import DeploymentFailedError
+
+if TYPE_CHECKING:
+    from raexmc_ray.answer import ScoredLabel
 
 app = typer.Typer(
     help="Extreme multi-label text classification on Ray: which of these millions of labels fit this text?",
@@ -177,15 +182,64 @@ def score(
 @app.command()
 def serve(
     memory: Annotated[str, typer.Argument(help="Folder or URL of the memory.")],
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    tokens_file: Annotated[
+        str | None, typer.Option(help="File of bearer tokens, one a line; also: RAEXMC_TOKENS.")
+    ] = None,
+    anonymous_access: Annotated[
+        bool, typer.Option(help="Answer anyone who reaches the port, without a token.")
+    ] = False,
+    shard_replicas: Annotated[int, typer.Option(min=1, help="Replicas of each shard.")] = 1,
 ) -> None:
-    """Answer over HTTP on this machine until Ctrl-C. On a cluster: `serve deploy serve_configs/…`."""
+    """Answer over HTTP until Ctrl-C, with a page to try it. On a cluster: `serve deploy serve_configs/cluster.yaml`."""
     from raexmc_ray.cluster import connected
     from raexmc_ray.serve.run import serving
+    from raexmc_ray.serve.schema import ServeSettings
 
-    with connected(), serving(memory, port) as url:
-        console.print(f"{url}/docs has the API; Ctrl-C ends it", soft_wrap=True)
+    settings = ServeSettings.model_validate(
+        {
+            "memory": memory,
+            "tokens_file": tokens_file,
+            "anonymous_access": anonymous_access,
+            "shard_replicas": shard_replicas,
+        }
+    )
+    with connected(dashboard=True), serving(settings, host=host, port=port) as url:
+        console.print(
+            f"{url} has the page, {url}/v1 the API, {url}/openapi.json its description; Ctrl-C ends it", soft_wrap=True
+        )
         _wait_for_interrupt()
+
+
+Application = Annotated[str, typer.Option(help="Name of the application in the Serve config.")]
+
+
+@app.command()
+def rollout(
+    snapshot: Annotated[
+        str | None, typer.Argument(help="Snapshot to move to; the memory's current one where left out.")
+    ] = None,
+    application: Application = "raexmc",
+) -> None:
+    """Move a running application to another snapshot of its memory, while it answers. Needs RAY_ADDRESS."""
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.serve.run import rollout
+
+    with connected(existing=True):
+        before, after = rollout(snapshot, application)
+    console.print(f"{application} answers from {after}; before it was {before}", soft_wrap=True)
+
+
+@app.command()
+def rollback(application: Application = "raexmc") -> None:
+    """Move a running application back to the snapshot before, and make that the memory's current one."""
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.serve.run import rollback
+
+    with connected(existing=True):
+        before, after = rollback(application)
+    console.print(f"{application} answers from {after} again, no longer from {before}", soft_wrap=True)
 
 
 @app.command()
@@ -195,27 +249,28 @@ def query(
     k: Annotated[int | None, typer.Option(help="Labels for each text.")] = None,
     lambda_: Annotated[float | None, typer.Option("--lambda", help="1: instances only, 0: labels only.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the softmax over the neighbours.")] = None,
+    neighbours: Annotated[int | None, typer.Option(help="Keys retrieved from the joint memory.")] = None,
     evidence: Annotated[int, typer.Option(help="Keys named for each label.")] = 0,
+    token: Annotated[str | None, typer.Option(envvar="RAEXMC_TOKEN", help="Bearer token.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")] = False,
 ) -> None:
     """Ask a running application for the labels of texts."""
-    import httpx
+    from raexmc_ray.client import ApiError, Client, UnreachableError
 
-    body: dict[str, Any] = {"texts": texts, "evidence": evidence}
-    given = {"k": k, "lambda": lambda_, "temperature": temperature}
-    body |= {name: value for name, value in given.items() if value is not None}
     try:
-        reply = httpx.post(f"{url.rstrip('/')}/v1/predict", json=body, timeout=60)
-    except httpx.TransportError as error:
-        raise ValueError(f"nothing answers at {url} ({error}): start it with `raexmc serve MEMORY`") from None
-    if reply.status_code != 200:
-        is_problem = reply.headers.get("content-type", "").startswith("application/problem+json")
-        raise ValueError(f"{url}: {reply.status_code}: {reply.json()['detail'] if is_problem else reply.text}")
+        with Client(url, token=token) as client:
+            reply = client.predict(
+                texts, k, lambda_=lambda_, temperature=temperature, neighbours=neighbours, evidence=evidence
+            )
+    except UnreachableError as error:
+        raise ValueError(f"nothing answers at {error}: start it with `raexmc serve MEMORY`") from None
+    except ApiError as error:
+        raise ValueError(f"{url}: {error}") from None
     if as_json:
-        print_plain(json.dumps(reply.json(), indent=2, ensure_ascii=False))
+        print_plain(reply.model_dump_json(indent=2))
         return
-    for text, answer in zip(texts, reply.json()["answers"], strict=True):
-        print_answer(text, answer["labels"])
+    for text, answer in zip(texts, reply.answers, strict=True):
+        print_answer(text, answer.labels)
 
 
 @app.command()
@@ -307,15 +362,15 @@ def _bytes(size: float) -> str:
     return f"{size:.0f} bytes"
 
 
-def print_answer(text: str, labels: list[dict[str, Any]]) -> None:
+def print_answer(text: str, labels: Sequence[ScoredLabel]) -> None:
     """The labels of one text as a table, with the evidence for each."""
-    table = Table(title=text, title_justify="left", pad_edge=False, box=None)
+    table = Table(title=_escape(text), title_justify="left", pad_edge=False, box=None)
     for name, justify in (("score", "right"), ("label", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literals
     for label in labels:
-        table.add_row(f"{label['score']:.4f}", label["text"])
-        for vote in label.get("evidence") or []:
-            said = f"{vote['share']:>4.0%} from {vote['kind']}, cosine {vote['similarity']:.2f}: {vote['text']}"
+        table.add_row(f"{label.score:.4f}", _escape(label.text))
+        for vote in label.evidence or []:
+            said = f"{vote.share:>4.0%} from {vote.kind}, cosine {vote.similarity:.2f}: {vote.text}"
             table.add_row("", f"[dim]  {_escape(said)}[/dim]")
     console.print(table)
     console.print()
@@ -349,7 +404,7 @@ def main() -> None:
     """Run the command; what a user did wrong is said in one line, without a trace."""
     try:
         app()
-    except (ValueError, FileNotFoundError, ArithmeticError) as error:
+    except (ValueError, FileNotFoundError, ArithmeticError, ConnectionError, DeploymentFailedError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:

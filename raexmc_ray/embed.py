@@ -23,10 +23,9 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from raexmc_ray.encoder import TextEncoder, bfloat16_is_native
+from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import digest_texts, read_texts
 from raexmc_ray.progress import Progress
@@ -221,18 +220,6 @@ def load_encoder(folder: Folder) -> TextEncoder:
     """The encoder that was saved at a folder, local or remote."""
     with tempfile.TemporaryDirectory(prefix="raexmc-encoder-") as scratch:
         return TextEncoder.load(str(folder.local(Path(scratch))))
-
-
-def use_hardware(encoder: TextEncoder, threads: int) -> TextEncoder:
-    """`encoder`, moved to this process's GPU where it owns one; else it gets so many CPU threads."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda")
-        encoder.to(device)
-        if bfloat16_is_native(device):
-            encoder.compute_dtype = torch.bfloat16
-    else:
-        torch.set_num_threads(max(1, threads))
-    return encoder
 
 
 def quiet_data() -> None:

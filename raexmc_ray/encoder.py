@@ -255,6 +255,18 @@ def bfloat16_is_native(device: torch.device) -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
+def use_hardware(encoder: TextEncoder, threads: int) -> TextEncoder:
+    """`encoder`, moved to this process's GPU where it owns one; else it gets so many CPU threads."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        encoder.to(device)
+        if bfloat16_is_native(device):
+            encoder.compute_dtype = torch.bfloat16
+    else:
+        torch.set_num_threads(max(1, threads))
+    return encoder
+
+
 def _resolve(model: str) -> str:
     """The folder or hub name that `model` stands for."""
     prefix, _, package = model.partition("package:")

@@ -55,12 +55,20 @@ class _Votes:
 
 
 def aggregate(
-    hits: Hits, *, lambda_: float, temperature: float, k: int, exclude: sp.csr_matrix | None = None
+    hits: Hits,
+    *,
+    lambda_: float,
+    temperature: float,
+    k: int,
+    exclude: sp.csr_matrix | None = None,
+    allowed: np.ndarray | None = None,
+    blocked: np.ndarray | None = None,
 ) -> Predictions:
     """The best k labels by p̂. Labels that no hit votes for have no score.
 
     lambda_: λ in [0, 1]. temperature: τ > 0. exclude: CSR [B, L]; pairs that are dropped before the best k are
-    taken. Sums are taken in float64 in the order of the hits, and rounded to float32 before they are ordered.
+    taken. allowed, blocked: labels that alone may be answered, that may not be; others' scores stay what they are.
+    Sums are taken in float64 in the order of the hits, and rounded to float32 before they are ordered.
     """
     weights_Bb = weigh(hits, lambda_, temperature)
     B, b = weights_Bb.shape
@@ -74,7 +82,12 @@ def aggregate(
     voted_BW = np.arange(lengths.max(initial=0)) < lengths[:, None]
     scores_BW, labels_BW = np.zeros(voted_BW.shape, np.float32), np.zeros(voted_BW.shape, np.int64)
     scores_BW[voted_BW], labels_BW[voted_BW] = mass.data, mass.indices
-    voted_BW[voted_BW] = mass.data > 0
+    answered = mass.data > 0
+    if allowed is not None:
+        answered &= np.isin(mass.indices, allowed)
+    if blocked is not None:
+        answered &= ~np.isin(mass.indices, blocked)
+    voted_BW[voted_BW] = answered
     best = best_cells(scores_BW, labels_BW, voted_BW, k + slack)
     row, label, score = best // max(1, voted_BW.shape[1]), labels_BW.ravel()[best], scores_BW.ravel()[best]
     if exclude is not None and exclude.nnz:

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from raexmc_ray.embed import map_units, use_hardware
+from raexmc_ray.embed import map_units
+from raexmc_ray.encoder import use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import digest_texts, read_texts
 from raexmc_ray.memory.pool import ShardPool

@@ -13,6 +13,7 @@ import raexmc_ray
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.recipe import Neighbours, Recipe
 from raexmc_ray.serve.run import serving
+from raexmc_ray.serve.schema import ServeSettings
 
 pytestmark = pytest.mark.ray
 
@@ -22,7 +23,7 @@ def url(tiny_run: Recipe) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with serving(f"{tiny_run.cluster.storage}/memory", port) as address:
+    with serving(ServeSettings(memory=f"{tiny_run.cluster.storage}/memory"), port=port) as address:
         yield address
 
 
@@ -39,7 +40,7 @@ def test_http_answers_equal_the_librarys(url: str, tiny_run: Recipe, texts: list
         texts, 5, lambda_=0.3, temperature=0.1, neighbours=Neighbours(instances=20, labels=20), evidence=2
     )
     assert reply["snapshot"] == memory.manifest.id
-    assert set(reply["milliseconds"]) == {"encode", "search", "aggregate", "total"}
+    assert set(reply["milliseconds"]) == {"queue", "encode", "search", "aggregate", "total"}
     for got, wanted in zip(reply["answers"], expected, strict=True):
         assert [label["uid"] for label in got["labels"]] == [label.uid for label in wanted]
         for label, other in zip(got["labels"], wanted, strict=True):

@@ -28,6 +28,19 @@ class Hits:
     vote_offsets: np.ndarray
     snapshot: str
 
+    def rows(self, start: int, stop: int) -> Hits:
+        """The hits of queries start … stop − 1."""
+        width = self.key_ids_Bb.shape[1]
+        offsets = self.vote_offsets[start * width : stop * width + 1]
+        return Hits(
+            self.key_ids_Bb[start:stop],
+            self.scores_Bb[start:stop],
+            self.is_label_Bb[start:stop],
+            self.votes[offsets[0] : offsets[-1]],
+            offsets - offsets[0],
+            self.snapshot,
+        )
+
 
 class SnapshotMismatchError(RuntimeError):
     """Shards answered from different snapshots; such answers are never merged."""

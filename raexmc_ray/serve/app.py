@@ -1,11 +1,16 @@
 """Binds the application: `serve run serve_configs/local.yaml`, or `raexmc serve MEMORY`."""
 
 # No `from __future__ import annotations` here: Serve reads the type of `build_app`'s argument to validate `args` by it.
+from typing import Any
+
 from ray.serve import Application
 
+from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.files import Folder
+from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.snapshot import open_snapshot
-from raexmc_ray.serve.deployments import Encoder, Ingress, MemoryShard
+from raexmc_ray.serve.deployments import Encoder, MemoryShard
+from raexmc_ray.serve.ingress import Ingress
 from raexmc_ray.serve.schema import ServeSettings
 
 
@@ -16,17 +21,35 @@ def build_app(settings: ServeSettings) -> Application:
     """
     memory = Folder.at(settings.memory)
     manifest = open_snapshot(memory, settings.snapshot).manifest
+    # `max_surge_percent`: a new replica is there before the old one goes, so `serve deploy` needs no downtime either.
+    common: dict[str, Any] = {"user_config": {"snapshot": manifest.id}, "max_surge_percent": 100}
+    threads = max(1, int(settings.encoder_cpus))
+    encoders: dict[str, Any] = {"num_replicas": settings.encoder_replicas}
+    if settings.encoder_replicas_at_most:
+        bounds = {"min_replicas": settings.encoder_replicas, "max_replicas": settings.encoder_replicas_at_most}
+        encoders = {"autoscaling_config": {**bounds, "target_ongoing_requests": 2}}
     encoder = Encoder.options(  # type: ignore[attr-defined]  # serve.deployment's
-        num_replicas=settings.encoder_replicas,
-        ray_actor_options={"num_cpus": settings.encoder_cpus, "num_gpus": settings.encoder_gpus},
-    ).bind(memory, manifest.id, int(settings.encoder_cpus))
+        ray_actor_options={
+            "num_cpus": settings.encoder_cpus,
+            "num_gpus": settings.encoder_gpus,
+            "runtime_env": {"env_vars": {**KEEP_FREED_MEMORY, "OMP_NUM_THREADS": str(threads)}},
+        },
+        **encoders,
+        **common,
+    ).bind(memory, threads)
+    # Ray sees none of FAISS's memory: it must be told. A roll-out has two snapshots open, but pages of files that
+    # nobody reads any more are given back.
+    shard_memory = shard_bytes(manifest.index, -(-manifest.keys // manifest.shards))
     shards = [
         MemoryShard.options(  # type: ignore[attr-defined]  # serve.deployment's
             name=f"MemoryShard-{shard}",
             num_replicas=settings.shard_replicas,
-            ray_actor_options={"num_cpus": settings.shard_cpus},
-        ).bind(memory, manifest.id, shard)
+            ray_actor_options={"num_cpus": settings.shard_cpus, "memory": shard_memory},
+            **common,
+        ).bind(memory, shard, max(1, int(settings.shard_cpus)))
         for shard in range(manifest.shards)
     ]
-    ingress = Ingress.options(ray_actor_options={"num_cpus": 0.1})  # type: ignore[attr-defined]  # serve.deployment's
-    return ingress.bind(memory, manifest.id, settings.timeout_s, encoder, *shards)
+    ingress = Ingress.options(  # type: ignore[attr-defined]  # serve.deployment's
+        num_replicas=settings.ingress_replicas, ray_actor_options={"num_cpus": 0.1}, **common
+    )
+    return ingress.bind(settings, memory, encoder, *shards)

@@ -1,26 +1,159 @@
-"""The application on this machine, for as long as it is needed."""
+"""Deploying the application through Serve's REST API, and moving it from one snapshot to another while it answers."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
+from raexmc_ray.files import Folder
+from raexmc_ray.memory.snapshot import open_snapshot, publish_current, verify
 from raexmc_ray.serve.app import build_app
+from raexmc_ray.serve.errors import DeploymentFailedError
+from raexmc_ray.serve.guard import Tokens, refuse_open_door
 from raexmc_ray.serve.schema import ServeSettings
 
 APPLICATION = "raexmc"
+POLL_S, PATIENCE_S = 0.3, 600.0
 
 
 @contextmanager
-def serving(memory: str, port: int = 8000) -> Iterator[str]:
-    """Serve a memory on 127.0.0.1 over the connected cluster; gives the URL once it answers."""
-    app = build_app(ServeSettings(memory=memory))
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
+    """Serve a memory over the connected cluster for as long as it is needed; gives the URL once it answers.
+
+    Raises FileNotFoundError, SnapshotError, ValueError (an open door), DeploymentFailedError.
+    """
+    build_app(settings)  # what is wrong with the memory is said here, and not in a log of Serve's
+    refuse_open_door(settings, Tokens(settings.tokens_file), host)
+    client = _client()
+    application = {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": "raexmc_ray.serve.app:build_app",
+        "args": settings.model_dump(mode="json"),
+    }
+    http = {"host": host, "port": port}
+    client.deploy_applications({"proxy_location": "HeadOnly", "http_options": http, "applications": [application]})
     try:
-        serve.run(app, name=APPLICATION, route_prefix="/")
-        yield f"http://127.0.0.1:{port}"
+        _wait(client, APPLICATION)
+        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
+
+
+def rollout(snapshot: str | None = None, application: str = APPLICATION) -> tuple[str, str]:
+    """Move a running application to a snapshot, the memory's current one where it is left out; gives (from, to).
+
+    Every byte is read against its checksum, and every replica has the snapshot open, before the first request is
+    answered from it: until then nothing has changed. Raises SnapshotError, FileNotFoundError, DeploymentFailedError,
+    ValueError where there is no such application.
+    """
+    client = _client()
+    config = _deployed(client, application)
+    settings = ServeSettings.model_validate(config["args"])
+    memory = Folder.at(settings.memory)
+    before = _in_use(config, client, application)
+    target = open_snapshot(memory, snapshot)
+    now = open_snapshot(memory, before)
+    if target.manifest.shards != now.manifest.shards:
+        raise ValueError(
+            f"snapshot {target.manifest.id} has {target.manifest.shards} shards, the application runs "
+            f"{now.manifest.shards}: deploy it anew (`serve deploy`)"
+        )
+    for _ in verify(target):
+        pass
+    _hold(target.manifest.id, target.manifest.shards, application)
+    names = ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(target.manifest.shards))]
+    _set_user_config(client, application, names, {"snapshot": target.manifest.id, "previous": before})
+    _wait(client, application)
+    return before, target.manifest.id
+
+
+def rollback(application: str = APPLICATION) -> tuple[str, str]:
+    """Move a running application back to the snapshot before, and make that the memory's current one, so that
+    nothing that starts later takes up the one that was left. Gives (from, to)."""
+    client = _client()
+    config = _deployed(client, application)
+    previous = _user_config(config).get("previous")
+    if not previous:
+        raise ValueError(f"the application {application!r} has not been rolled out since it was deployed")
+    moved = rollout(previous, application)
+    publish_current(Folder.at(ServeSettings.model_validate(config["args"]).memory), previous)
+    return moved
+
+
+def _client() -> ServeSubmissionClient:
+    url = ray.init(ignore_reinit_error=True).dashboard_url
+    if not url:
+        raise DeploymentFailedError("this cluster has no dashboard, which Serve is deployed through")
+    return ServeSubmissionClient(f"http://{url}")
+
+
+def _deployed(client: ServeSubmissionClient, application: str) -> dict[str, Any]:
+    """The config that an application runs by. Raises ValueError."""
+    applications = client.get_serve_details().get("applications", {})
+    config = applications.get(application, {}).get("deployed_app_config")
+    if not config:
+        raise ValueError(f"no application {application!r} was deployed on this cluster: there are {list(applications)}")
+    return dict(config)
+
+
+def _user_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The `user_config` that was set by a roll-out; empty before the first."""
+    ingress = [d for d in config.get("deployments") or [] if d["name"] == "Ingress"]
+    return (ingress[0].get("user_config") or {}) if ingress else {}
+
+
+def _in_use(config: dict[str, Any], client: ServeSubmissionClient, application: str) -> str:
+    """The snapshot that an application answers from."""
+    rolled = _user_config(config).get("snapshot")
+    if rolled:
+        return str(rolled)
+    deployments = client.get_serve_details()["applications"][application]["deployments"]
+    return str(deployments["Ingress"]["deployment_config"]["user_config"]["snapshot"])
+
+
+def _hold(snapshot: str, shards: int, application: str) -> None:
+    """Have every replica open a snapshot beside the one in use."""
+    names = ["Encoder", *(f"MemoryShard-{shard}" for shard in range(shards))]
+    calls = [serve.get_deployment_handle(name, application).broadcast("hold", snapshot) for name in names]
+    for call in calls:
+        call.results(timeout_s=PATIENCE_S)
+
+
+def _set_user_config(
+    client: ServeSubmissionClient, application: str, names: list[str], user_config: dict[str, Any]
+) -> None:
+    """Deploy what is deployed, with this `user_config`: Serve then restarts nothing."""
+    details = client.get_serve_details()
+    applications = []
+    for name, running in details["applications"].items():
+        config = running.get("deployed_app_config")
+        if not config:
+            raise ValueError(f"the application {name!r} was not deployed by a config, and would be deleted by this one")
+        if name == application:
+            others = {d["name"]: d for d in config.get("deployments") or []}
+            config["deployments"] = [{**others.pop(n, {"name": n}), "user_config": user_config} for n in names]
+            config["deployments"] += others.values()
+        applications.append(config)
+    client.deploy_applications({"applications": applications})
+
+
+def _wait(client: ServeSubmissionClient, application: str) -> None:
+    """Until the application runs as it was last told to. Raises DeploymentFailedError."""
+    ends = time.monotonic() + PATIENCE_S
+    while True:
+        running = client.get_serve_details().get("applications", {}).get(application, {})
+        if running.get("status") == "RUNNING":
+            return
+        if running.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > ends:
+            said = [running.get("message", "")]
+            said += [d.get("message", "") for d in running.get("deployments", {}).values()]
+            lines = [line for text in said for line in text.strip().splitlines() if line.strip()]
+            raise DeploymentFailedError(f"the application {application!r} does not run: {lines[-1] if lines else ''}")
+        time.sleep(POLL_S)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from raexmc_ray.answer import ScoredLabel
-from raexmc_ray.recipe import Neighbours
 
-MAX_TEXTS = 256
-MAX_CHARACTERS = 20_000
+MAX_TEXTS, MAX_CHARACTERS, MAX_K, MAX_NEIGHBOURS, MAX_FILTER = 256, 20_000, 1000, 16384, 10_000
+
+
+class Limits(BaseModel):
+    """What one request may ask for, and how many may come; each may be lowered, most may not be raised."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    body_bytes: int = Field(8 << 20, ge=1024)
+    """Bytes of a request's body (413 beyond)."""
+    texts: int = Field(MAX_TEXTS, ge=1, le=MAX_TEXTS)
+    """Texts of a request."""
+    characters: int = Field(MAX_CHARACTERS, ge=1, le=MAX_CHARACTERS)
+    """Characters of a text."""
+    k: int = Field(MAX_K, ge=1, le=MAX_K)
+    """Labels for a text."""
+    neighbours: int = Field(2000, ge=1, le=MAX_NEIGHBOURS)
+    """Keys retrieved for a text."""
+    concurrent_requests: int = Field(128, ge=1)
+    """Requests that an ingress replica works on at a time; the next one is told to come again (503)."""
+    requests_per_second: int | None = Field(None, ge=1)
+    """Requests of one token (of everyone, where there are no tokens) that an ingress replica takes (429 beyond)."""
 
 
 class ServeSettings(BaseModel):
@@ -20,40 +38,100 @@ class ServeSettings(BaseModel):
     memory: str
     """Folder or URL of the memory; a relative path counts from where `serve run` is called."""
     snapshot: str | None = None
-    """Which snapshot; the current one where it is left out."""
+    """Which snapshot to begin with; the current one where it is left out. `raexmc rollout` moves on from there."""
+    ingress_replicas: int = Field(1, ge=1)
+    """HTTP ingresses. Each batches the requests that it gets."""
     encoder_replicas: int = Field(1, ge=1)
     """Text encoders."""
+    encoder_replicas_at_most: int | None = Field(None, ge=1)
+    """Encoders under load: Serve adds and removes them; where it is left out there are always `encoder_replicas`."""
     encoder_cpus: float = Field(1.0, gt=0)
     """CPUs of an encoder: also its number of threads."""
     encoder_gpus: float = Field(0.0, ge=0)
     """GPUs of an encoder."""
     shard_replicas: int = Field(1, ge=1)
-    """Replicas of each shard."""
+    """Replicas of each shard; with two, nobody notices that one is lost."""
     shard_cpus: float = Field(0.1, gt=0)
-    """CPUs that each shard replica reserves."""
-    timeout_s: float = Field(30.0, gt=0)
-    """A request that takes longer is answered with an error."""
+    """CPUs that each shard replica reserves; it searches with as many threads, one at least."""
+    timeout_s: float = Field(15.0, gt=0)
+    """A request that takes longer is answered with an error (503)."""
+    shard_timeout_s: float = Field(5.0, gt=0)
+    """A shard that takes longer is missing: the request fails, or says so where it allows a partial answer."""
+    tokens_file: str | None = None
+    """File with bearer tokens, one a line, of which a request must carry one; it is read again when it changes, so
+    that tokens can be rotated. Tokens in the environment variable RAEXMC_TOKENS, parted by commas, count, too."""
+    anonymous_access: bool = False
+    """Answer anyone who reaches the port, though it is not on loopback and no token guards it."""
+    log_texts: bool = False
+    """Write the texts of requests into the access log."""
+    limits: Limits = Limits()
 
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_CHARACTERS)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CHARACTERS, pattern=r"\S")]
+Uid = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+
+
+class Joint(BaseModel):
+    """The best keys of the whole memory."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    joint: int = Field(ge=1, le=MAX_NEIGHBOURS, strict=True, examples=[200])
+    """Keys from the joint memory."""
+
+
+class Apart(BaseModel):
+    """The best keys of the instances and the best keys of the labels; at least one of the numbers is above zero."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {name: {"minimum": 1}}, "required": [name]}  # what the validator below holds it to
+                for name in ("instances", "labels")
+            ]
+        },
+    )
+    instances: int = Field(0, ge=0, le=MAX_NEIGHBOURS, strict=True, examples=[100])
+    """Keys among the training instances."""
+    labels: int = Field(0, ge=0, le=MAX_NEIGHBOURS, strict=True, examples=[100])
+    """Keys among the labels."""
+
+    @model_validator(mode="after")
+    def _not_none(self) -> Self:
+        if not self.instances + self.labels:
+            raise ValueError("at least one of `instances` and `labels` must be above zero")
+        return self
 
 
 class PredictRequest(BaseModel):
-    """Which labels fit these texts?"""
+    """Which labels fit these texts? What is left out is as the snapshot's defaults have it."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
     texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, examples=[["vim: Vi IMproved"]])]
     """The texts to label."""
-    k: int | None = Field(None, ge=1, le=1000, examples=[10])
+    k: int | None = Field(None, ge=1, le=MAX_K, examples=[10], strict=True)
     """Labels for each text."""
-    lambda_: float | None = Field(None, ge=0, le=1, alias="lambda", examples=[0.5])
+    lambda_: float | None = Field(None, ge=0, le=1, alias="lambda", examples=[0.5], strict=True)
     """1 trusts the training instances only, 0 the labels only."""
-    temperature: float | None = Field(None, gt=0, examples=[0.08])
-    """Temperature of the softmax over the retrieved keys."""
-    neighbours: Neighbours | None = Field(None, examples=[{"joint": 200}])
-    """How many keys are retrieved."""
-    evidence: int = Field(0, ge=0, le=100, examples=[3])
+    temperature: float | None = Field(None, ge=1e-4, le=100, examples=[0.08], strict=True)
+    """Of the softmax over the retrieved keys."""
+    neighbours: Joint | Apart | None = Field(None, examples=[{"joint": 200}])
+    """How many keys are retrieved: of all, or of instances and labels apart."""
+    evidence: int = Field(0, ge=0, le=100, examples=[3], strict=True)
     """How many keys are named for each label as its evidence."""
+    labels_allowed: Annotated[list[Uid], Field(max_length=MAX_FILTER)] | None = Field(None, examples=[["vim", "nano"]])
+    """Uids of labels: no others are answered. Of what was retrieved; scores stay what they are."""
+    labels_blocked: Annotated[list[Uid], Field(max_length=MAX_FILTER)] | None = Field(None, examples=[["emacs"]])
+    """Uids of labels that are not answered."""
+    allow_partial: bool = Field(False, strict=True)
+    """Answer without a shard that is missing, and name it, rather than not at all."""
 
 
 class TextAnswer(BaseModel):
@@ -69,28 +147,67 @@ class PredictReply(BaseModel):
     snapshot: str
     """The snapshot of the memory that every part of this answer comes from."""
     answers: list[TextAnswer]
+    missing_shards: list[int]
+    """Shards whose keys these answers do not know: empty unless `allow_partial` was set."""
     milliseconds: dict[str, float]
-    """Time spent in each stage: encode, search, aggregate, total."""
+    """Time in each stage: queue, encode, search, aggregate, total."""
+
+
+class LabelReply(BaseModel):
+    """A label of the memory."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    label: int
+    """Index of the label in its corpus."""
+    uid: str
+    text: str
+
+
+class LabelsReply(BaseModel):
+    """Labels whose text or uid begins with what was asked for."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    snapshot: str
+    labels: list[LabelReply]
 
 
 class MemoryReply(BaseModel):
     """What the application answers from."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
     snapshot: str
     created: str
+    """UTC, ISO 8601."""
     instances: int
     labels: int
     shards: int
     dimension: int
+    """Numbers in a key."""
     index: str
+    """Kind of index."""
     encoder_fingerprint: str
+    bytes: dict[str, int]
+    """Of the snapshot, by part."""
     defaults: dict[str, object]
+    """λ, temperature, neighbours and k where a request leaves them out."""
+
+
+class Status(BaseModel):
+    """Whether the application is there."""
+
+    status: str = Field(examples=["ok"])
 
 
 class Problem(BaseModel):
     """An error, as RFC 9457 has it."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
     type: str = "about:blank"
-    title: str
-    status: int
-    detail: str
+    title: str = Field(examples=["The request is not valid"])
+    status: int = Field(examples=[422])
+    detail: str = Field(examples=["k: Input should be less than or equal to 1000"])
+    """What was wrong, where, and what to do."""
+    request_id: str = Field("", examples=["6b1f8a4e"])
+    """Also in the header X-Request-ID, and in the logs."""
+    missing_shards: list[int] | None = Field(None, examples=[[2]])
+    """Shards that did not answer."""

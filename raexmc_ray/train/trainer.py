@@ -17,6 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
@@ -33,14 +34,6 @@ from raexmc_ray.train.worker import flatten, train_worker
 DONE = "trained.json"
 POLL_S = 0.5
 logger = logging.getLogger("raexmc_ray")
-
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-}
-"""glibc's settings for a training worker. Ray Train trains in a thread, and a thread's own malloc arena gives memory
-back to the kernel at every step: on two cores that took a sixth of the speed, in page faults."""
 
 
 def train(recipe: Recipe, corpus: Corpus) -> Folder:

@@ -1,0 +1,202 @@
+"""The HTTP API: routes, errors as problem details, and the page."""
+
+from __future__ import annotations
+
+import logging
+from importlib import resources
+from typing import TYPE_CHECKING, Annotated, Any
+
+import ray.exceptions
+from fastapi import FastAPI, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from ray.serve.exceptions import RayServeException
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from raexmc_ray.serve.errors import MissingShardsError, RequestError, UnknownLabelError
+from raexmc_ray.serve.guard import PROBLEM_TYPE, Guard, Tokens
+from raexmc_ray.serve.schema import (
+    LabelReply,
+    LabelsReply,
+    MemoryReply,
+    PredictReply,
+    PredictRequest,
+    Problem,
+    ServeSettings,
+    Status,
+)
+
+if TYPE_CHECKING:
+    from raexmc_ray.serve.ingress import Ingress
+
+logger = logging.getLogger("ray.serve.api")
+
+SECURITY = {
+    # The page is one file: its own script and style, its own server, nothing from outside.
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def _errors(**said: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's account of the errors of a route: {"e404": what it means}."""
+    both = {
+        **said,
+        "e401": "No valid token",
+        "e413": "The body is too large",
+        "e429": "Too many requests a second: come again after `Retry-After` seconds",
+        "e503": "Busy, late, or a shard did not answer: there is no partial answer unless `allow_partial` asks for it",
+    }
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {int(code[1:]): {"description": meaning, "content": content} for code, meaning in both.items()}
+
+
+def make_api(ingress: Ingress, settings: ServeSettings, tokens: Tokens) -> FastAPI:
+    """The application that answers for `ingress`."""
+    api = FastAPI(
+        title="raexmc_ray",
+        description="Which of these labels fit this text? Answers come with the evidence for each label.",
+        version="1",
+        docs_url=None,  # Swagger's and Redoc's pages load scripts from outside
+        redoc_url=None,
+    )
+    _add_errors(api)
+    _add_routes(api, ingress, settings.log_texts)
+    api.add_middleware(Guard, limits=settings.limits, tokens=tokens, answered=ingress.answered)
+    described = api.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = described()
+        document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        if tokens:
+            document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+            for path, operations in document["paths"].items():
+                if path not in ("/v1/health", "/v1/ready"):
+                    for operation in operations.values():
+                        operation["security"] = [{"token": []}]
+        return document
+
+    api.openapi = openapi  # type: ignore[method-assign]
+    return api
+
+
+def _add_routes(api: FastAPI, ingress: Ingress, log_texts: bool) -> None:
+    page = resources.files("raexmc_ray.serve").joinpath("page.html").read_text("utf-8")
+
+    @api.post(
+        "/v1/predict",
+        response_model=PredictReply,
+        responses=_errors(e404="A filter names a label that there is not", e422="The request is not valid"),
+    )
+    async def predict(body: PredictRequest, request: Request) -> Response:
+        """The best labels of each text, with scores and, if asked for, the evidence for each."""
+        state = request.state
+        reply = await ingress.predict(body, state.request_id, state.started)
+        state.log = {"texts": len(body.texts), "snapshot": reply.snapshot, "stages": reply.milliseconds}
+        if log_texts:
+            state.log["said"] = body.texts
+        # Written by pydantic itself: FastAPI would validate the reply once more, and walk through it in Python.
+        return Response(reply.model_dump_json(), media_type="application/json")
+
+    @api.get("/v1/labels", responses=_errors(e422="The request is not valid"))
+    async def labels(
+        prefix: Annotated[str, Query(min_length=1, max_length=200, description="How text or uid begins.")],
+        limit: Annotated[int, Query(ge=1, le=100, description="At most so many.")] = 10,
+    ) -> LabelsReply:
+        """Labels whose text (in any case) or uid begins with `prefix`."""
+        view = ingress.view
+        rows = view.labels.rows(view.labels.starting_with(prefix, limit))
+        return LabelsReply(snapshot=view.manifest.id, labels=[LabelReply.model_validate(row) for row in rows])
+
+    @api.get(
+        "/v1/labels/{uid:path}",
+        responses=_errors(e404="There is no such label", e422="The request is not valid"),
+    )
+    async def label(uid: Annotated[str, Path(min_length=1, max_length=1000)]) -> LabelReply:
+        """The label with this uid."""
+        found = ingress.view.labels
+        index = found.find(uid)
+        if index is None:
+            raise UnknownLabelError(uid)
+        return LabelReply.model_validate(found.rows([index])[0])
+
+    @api.get("/v1/memory", responses=_errors())
+    async def memory() -> MemoryReply:
+        """The snapshot in use and its sizes."""
+        manifest = ingress.view.manifest
+        sizes = manifest.model_dump(
+            include={"created", "instances", "labels", "shards", "dimension", "encoder_fingerprint"}
+        )
+        defaults = manifest.defaults.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return MemoryReply(
+            snapshot=manifest.id,
+            index=manifest.index.kind,
+            bytes=manifest.bytes_by_part(),
+            defaults=defaults,
+            **sizes,
+        )
+
+    @api.get("/v1/health")
+    async def health() -> Status:
+        """The ingress is up."""
+        return Status(status="ok")
+
+    @api.get("/v1/ready", responses=_errors())
+    async def ready(request: Request) -> Status:
+        """The encoder and every shard answer."""
+        await ingress.predict(PredictRequest(texts=["ready"], k=1), request.state.request_id, request.state.started)
+        return Status(status="ready")
+
+    @api.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page, headers=SECURITY)
+
+
+def _add_errors(api: FastAPI) -> None:
+    def problem(request: Request, status: int, title: str, detail: str, **more: Any) -> JSONResponse:
+        said = Problem(title=title, status=status, detail=detail, request_id=request.state.request_id, **more)
+        headers = {"Retry-After": "1"} if status == 503 else None
+        return JSONResponse(said.model_dump(exclude_none=True), status, headers, PROBLEM_TYPE.decode())
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        lines = [f"{'.'.join(map(str, part['loc'][1:])) or 'body'}: {part['msg']}" for part in error.errors()[:10]]
+        return problem(request, 422, "The request is not valid", "; ".join(lines))
+
+    @api.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
+        return problem(request, 422, "The request is not valid", str(error))
+
+    @api.exception_handler(UnknownLabelError)
+    async def unknown(request: Request, error: UnknownLabelError) -> JSONResponse:
+        return problem(request, 404, "There is no such label", str(error))
+
+    @api.exception_handler(StarletteHTTPException)
+    async def other(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        titles = {404: "Not found", 405: "Not a method of this resource"}
+        reply = problem(request, error.status_code, titles.get(error.status_code, "Error"), error.detail)
+        reply.headers.update(error.headers or {})
+        return reply
+
+    @api.exception_handler(MissingShardsError)
+    async def missing(request: Request, error: MissingShardsError) -> JSONResponse:
+        return problem(request, 503, "A shard did not answer", str(error), missing_shards=error.shards)
+
+    @api.exception_handler(TimeoutError)
+    async def late(request: Request, error: TimeoutError) -> JSONResponse:
+        return problem(request, 503, "Too late", "There was no answer in time; try again")
+
+    @api.exception_handler(ray.exceptions.RayError)
+    @api.exception_handler(RayServeException)
+    async def lost(request: Request, error: Exception) -> JSONResponse:
+        # No trace and no path leave the house; the log has them under the request's id.
+        logger.error("request %s: %s", request.state.request_id, error)
+        return problem(request, 503, "Not available", "A part of the application did not answer; try again")
+
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return problem(request, 500, "Error", "This is a mistake of ours; the log has it under the request's id")

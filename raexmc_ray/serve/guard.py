@@ -1,0 +1,201 @@
+"""What stands before the API: tokens, and bounds on what comes in, so that a flood is refused and not queued."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from limits import RateLimitItemPerSecond
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raexmc_ray.serve.schema import Limits, Problem, ServeSettings
+
+PROBLEM_TYPE = b"application/problem+json"
+TOKENS = "RAEXMC_TOKENS"
+LEAST_TOKEN = 16
+REREAD_S = 1.0
+OPEN_PATHS = frozenset({"/", "/openapi.json", "/v1/health", "/v1/ready"})
+"""What needs no token: the page and the API's description have no data in them, and a load balancer has none."""
+access_log = logging.getLogger("ray.serve.access")
+
+
+class Tokens:
+    """The bearer tokens that are valid now: those in the environment, and those in a file, which may change."""
+
+    def __init__(self, file: str | None) -> None:
+        """Raises ValueError for a token that is too short or not printable, FileNotFoundError."""
+        self._file = Path(file) if file else None
+        self._fixed = _parse(os.environ.get(TOKENS, "").replace(",", "\n"), TOKENS)
+        self._read: list[bytes] = []
+        self._stamp: tuple[int, int] | None = None
+        self._looked = 0.0
+        if self._file:
+            self._refresh()
+
+    def __bool__(self) -> bool:
+        return bool(self._file or self._fixed)
+
+    def find(self, authorization: bytes) -> str | None:
+        """A name for the valid token in this header's value, or None. Every token is compared, in constant time."""
+        if self._file and time.monotonic() - self._looked > REREAD_S:
+            try:
+                self._refresh()
+            except (OSError, ValueError) as error:
+                access_log.error("%s; the tokens read before stay valid", error)
+        scheme, _, given = authorization.partition(b" ")
+        matches = [hmac.compare_digest(given.strip(), token) for token in (*self._fixed, *self._read)]
+        return f"token-{matches.index(True)}" if scheme.lower() == b"bearer" and any(matches) else None
+
+    def _refresh(self) -> None:
+        assert self._file
+        self._looked = time.monotonic()
+        info = self._file.stat()
+        if self._stamp != (info.st_mtime_ns, info.st_size):
+            self._read = _parse(self._file.read_text("utf-8"), str(self._file))
+            self._stamp = info.st_mtime_ns, info.st_size
+
+
+def _parse(text: str, source: str) -> list[bytes]:
+    tokens = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    for number, token in enumerate(tokens, 1):
+        if len(token) < LEAST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+            raise ValueError(
+                f"{source}: token {number} must have {LEAST_TOKEN} printable characters or more and no space: "
+                "make one with `openssl rand -hex 32`"
+            )
+    return [token.encode() for token in tokens]
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a server that listens on `host` is reached from its own machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "0.0.0.0").is_loopback
+    except ValueError:
+        return False
+
+
+def refuse_open_door(settings: ServeSettings, tokens: Tokens, host: str | None) -> None:
+    """Raise ValueError where anyone on the network could ask, and nobody said that they may."""
+    if not tokens and not settings.anonymous_access and not is_loopback(host):
+        raise ValueError(
+            f"the application would listen on {host or 'all interfaces'} with no token to guard it: set tokens_file or "
+            f"the environment variable {TOKENS}, or listen on 127.0.0.1, or say `anonymous_access: true`"
+        )
+
+
+class Guard:
+    """ASGI middleware: gives each request an id, refuses what must not come in, and writes the access log.
+
+    In this order: too many at a time (503), no valid token (401), too many a second (429), too large a body (413).
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, tokens: Tokens, answered: Callable[[int], None]) -> None:
+        """answered: told the status of each answer."""
+        self._app, self._limits, self._tokens, self._answered = app, limits, tokens, answered
+        self._running = 0
+        self._rate = RateLimitItemPerSecond(limits.requests_per_second) if limits.requests_per_second else None
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id"))
+        state = scope.setdefault("state", {})
+        state["request_id"], state["started"] = request_id, started
+        entry: dict[str, Any] = {"request": request_id, "method": scope["method"], "path": scope["path"]}
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                entry["status"] = message["status"]
+                self._answered(message["status"])
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        self._running += 1
+        try:
+            refusal = self._refuse(scope["path"], headers)
+            if refusal:
+                await send_problem(answer, *refusal, request_id)
+            else:
+                await self._app(scope, _Bounded(receive, self._limits.body_bytes), answer)
+        except _TooLarge:
+            await send_problem(answer, *self._too_large(), request_id)
+        finally:
+            self._running -= 1
+            entry["ms"] = round(1000 * (time.perf_counter() - started), 2)
+            access_log.info("%s", json.dumps({**entry, **state.get("log", {})}, ensure_ascii=False))
+
+    def _refuse(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str, str, dict[str, str]] | None:
+        """(status, title, detail, headers) of the refusal, or None."""
+        limits = self._limits
+        if path == "/v1/health":
+            return None
+        if self._running > limits.concurrent_requests:
+            detail = f"{limits.concurrent_requests} requests are being answered; come again"
+            return 503, "Busy", detail, {"Retry-After": "1"}
+        caller: str | None = "anyone"
+        if self._tokens and path not in OPEN_PATHS:
+            caller = self._tokens.find(headers.get(b"authorization", b""))
+            if caller is None:
+                detail = "a valid token is missing: send the header `Authorization: Bearer TOKEN`"
+                return 401, "Not authorised", detail, {"WWW-Authenticate": "Bearer"}
+        if self._rate and not self._limiter.hit(self._rate, caller or ""):
+            detail = f"more than {limits.requests_per_second} requests a second; come again"
+            return 429, "Too many requests", detail, {"Retry-After": "1"}
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > limits.body_bytes:
+            return self._too_large()
+        return None
+
+    def _too_large(self) -> tuple[int, str, str, dict[str, str]]:
+        detail = f"the body has more than {self._limits.body_bytes:,} bytes: send fewer texts at a time"
+        return 413, "The body is too large", detail, {"Connection": "close"}
+
+
+class _TooLarge(Exception):
+    """More bytes came than a body may have."""
+
+
+class _Bounded:
+    """Receives a body of at most so many bytes, whatever its headers say."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive, self._left = receive, limit
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise _TooLarge
+        return message
+
+
+def _request_id(given: bytes | None) -> str:
+    """The caller's id where it is one that can stand in a log, else a new one."""
+    text = (given or b"").decode("latin-1")
+    return text if 0 < len(text) <= 128 and text.isascii() and text.replace("-", "").isalnum() else uuid.uuid4().hex
+
+
+async def send_problem(
+    send: Any, status: int, title: str, detail: str, headers: dict[str, str], request_id: str
+) -> None:
+    """Answer with RFC 9457 problem details."""
+    problem = Problem(title=title, status=status, detail=detail, request_id=request_id)
+    body = problem.model_dump_json(exclude_none=True).encode()
+    fields = [(b"content-type", PROBLEM_TYPE), (b"content-length", str(len(body)).encode())]
+    fields += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": body})
