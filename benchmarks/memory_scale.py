@@ -1,8 +1,8 @@
 """A memory of 3.55 million keys of 768 numbers, the size of LF-AmazonTitles-1.3M, in eight shard actors on one
 machine: built in bounded memory, and searched beside one FAISS index of the same kind, threads and vectors.
 
-The vectors are synthetic (see `_scale.py`); queries come from the same clusters. The single index is made of the
-shards' own (FAISS merges them), so that both have the same lists and codes; they look into the same number of lists.
+The vectors are synthetic (see `_scale.py`); queries come from the same clusters. The single index is made by
+FAISS itself of the same trained quantiser and the same keys; both look into the same number of lists.
 """
 
 from __future__ import annotations
@@ -112,15 +112,12 @@ def rates(search: Callable[[np.ndarray], Any], queries_BD: np.ndarray) -> dict[s
     return {"queries_per_s": round(batched, 1), "p50_ms": round(1000 * float(np.median(singles)), 2)}
 
 
-def single_index(plan: SnapshotPlan) -> Any:
+def single_index(plan: SnapshotPlan, trained: bytes, embeddings: Embeddings) -> Any:
     """One FAISS index with what all shards have: its ids are those of the first shard's keys, then the second's …."""
-    index: Any = None
-    for shard, folder in enumerate(shard_folders(plan)):
-        part = faiss.read_index(str(folder / INDEX))
-        if index is None:
-            index = part
-        else:
-            index.merge_from(part, sum(keys_of(shard_) for shard_ in range(shard)))
+    index: Any = faiss.deserialize_index(np.frombuffer(trained, np.uint8))
+    for shard in range(SHARDS):
+        for block_ND in embeddings.of_shard(shard):
+            index.add(block_ND.astype(np.float32))
     index.nprobe = plan.index.probes
     if not plan.index.has_vectors:
         return index
@@ -198,7 +195,7 @@ def measure(
         sharded = rates(lambda q: pool.search(q, neighbours), queries_BD[:half])
         restart_s = restart(pool, queries_BD[:1], neighbours)
     faiss.omp_set_num_threads(THREADS)
-    index = single_index(plan)
+    index = single_index(plan, trained, embeddings)
     alone = rates(lambda q: index.search(q, NEIGHBOURS), queries_BD[:half])
     starts = np.cumsum([0] + [keys_of(shard) for shard in range(SHARDS)])
     places = index.search(queries_BD[:half], NEIGHBOURS)[1]

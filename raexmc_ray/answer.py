@@ -39,6 +39,8 @@ class ScoredLabel(BaseModel):
     """p̂ of the label, in (0, 1]."""
     evidence: list[KeyVote] | None = None
     """The keys that voted for it most, if asked for."""
+    label_share: float | None = None
+    """With evidence: the part of the score that the label's own key gave, in [0, 1]; instances gave the rest."""
 
 
 def make_answers(
@@ -58,8 +60,10 @@ def make_answers(
     answers: list[list[ScoredLabel]] = [[] for _ in range(len(predictions))]
     scores, k = predictions.scores_Bk.ravel(), predictions.labels_Bk.shape[1]
     for cell, row in zip(found, rows, strict=True):
-        votes = _votes(int(cell), evidence, keys) if evidence is not None and keys is not None else None
-        answers[cell // k].append(ScoredLabel(label=int(cells[cell]), score=float(scores[cell]), evidence=votes, **row))
+        said: dict[str, Any] = {}
+        if evidence is not None and keys is not None:
+            said = {"evidence": _votes(int(cell), evidence, keys), "label_share": float(evidence.label_shares[cell])}
+        answers[cell // k].append(ScoredLabel(label=int(cells[cell]), score=float(scores[cell]), **said, **row))
     return answers
 
 

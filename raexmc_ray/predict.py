@@ -35,13 +35,15 @@ class Evidence:
     the largest share first, then the smallest key id.
 
     offsets: int64 [B·k + 1]. key_ids: int64. similarities: float32, cosine of query and key. shares: float32,
-    the part of the label's score that the key gave, in (0, 1].
+    the part of the label's score that the key gave, in (0, 1]. label_shares: float32 [B·k], the part that the
+    label's own key gave, in [0, 1]; instances gave the rest.
     """
 
     offsets: np.ndarray
     key_ids: np.ndarray
     similarities: np.ndarray
     shares: np.ndarray
+    label_shares: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def vote_evidence(hits: Hits, predictions: Predictions, *, lambda_: float, tempe
     cell, row, place, weight, key_ids = (a[order] for a in (cell, row, place, weight, key_ids))
     start = np.searchsorted(cell, np.arange(B * k + 1))
     totals = np.bincount(cell, weight, minlength=B * k)
+    from_labels = np.bincount(cell, weight * hits.is_label_Bb[row, place], minlength=B * k)
     top = np.arange(len(cell)) - start[cell] < keys
     offsets = np.searchsorted(cell[top], np.arange(B * k + 1))
     return Evidence(
@@ -131,6 +134,7 @@ def vote_evidence(hits: Hits, predictions: Predictions, *, lambda_: float, tempe
         key_ids[top],
         hits.scores_Bb[row[top], place[top]],
         (weight[top] / totals[cell[top]]).astype(np.float32),
+        (from_labels / np.where(totals > 0, totals, 1)).astype(np.float32),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,31 @@ def tiny_run(ray_cluster: str, tiny_corpus: Path, tmp_path_factory: pytest.TempP
     corpus = read_corpus(recipe.corpus.path)
     build(recipe, corpus, train(recipe, corpus))
     return recipe
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served(tiny_run: Recipe) -> Iterator[str]:
+    """The URL of the application, which answers from the tiny memory."""
+    from raexmc_ray.serve.run import serving
+    from raexmc_ray.serve.schema import ServeSettings
+
+    with serving(ServeSettings(memory=f"{tiny_run.cluster.storage}/memory"), port=free_port()) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(tiny_run: Recipe) -> list[str]:
+    """Texts of the test part."""
+    from raexmc_ray.corpus import read_corpus
+
+    return read_corpus(tiny_run.corpus.path).test.texts["text"].to_pylist()
 
 
 def kill_rounds(name: str, short: int = 1, soak: int = 20) -> Iterator[int]:

@@ -2,66 +2,119 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import socket
-from collections.abc import Iterator
+import random
+import re
+from pathlib import Path
 
 import httpx
 import pytest
+import ray
+import schemathesis
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
 
 import raexmc_ray
-from raexmc_ray.corpus import read_corpus
+from raexmc_ray.client import ApiError, AsyncClient, Client, UnreachableError
 from raexmc_ray.recipe import Neighbours, Recipe
-from raexmc_ray.serve.run import serving
-from raexmc_ray.serve.schema import ServeSettings
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def url(tiny_run: Recipe) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with serving(ServeSettings(memory=f"{tiny_run.cluster.storage}/memory"), port=port) as address:
-        yield address
+def memory(tiny_run: Recipe) -> raexmc_ray.Memory:
+    return raexmc_ray.open(f"{tiny_run.cluster.storage}/memory")
 
 
-@pytest.fixture(scope="module")
-def texts(tiny_run: Recipe) -> list[str]:
-    return read_corpus(tiny_run.corpus.path).test.texts["text"].to_pylist()[:20]
-
-
-def test_http_answers_equal_the_librarys(url: str, tiny_run: Recipe, texts: list[str]) -> None:
-    memory = raexmc_ray.open(f"{tiny_run.cluster.storage}/memory")
-    settings = {"k": 5, "lambda": 0.3, "temperature": 0.1, "neighbours": {"instances": 20, "labels": 20}}
-    reply = httpx.post(f"{url}/v1/predict", json={"texts": texts, "evidence": 2, **settings}, timeout=60).json()
+def test_http_answers_equal_the_librarys(served: str, memory: raexmc_ray.Memory, tiny_texts: list[str]) -> None:
+    asked = {"k": 5, "lambda": 0.3, "temperature": 0.1, "neighbours": {"instances": 20, "labels": 20}}
+    reply = httpx.post(f"{served}/v1/predict", json={"texts": tiny_texts, "evidence": 2, **asked}, timeout=60).json()
     expected = memory.predict(
-        texts, 5, lambda_=0.3, temperature=0.1, neighbours=Neighbours(instances=20, labels=20), evidence=2
+        tiny_texts, 5, lambda_=0.3, temperature=0.1, neighbours=Neighbours(instances=20, labels=20), evidence=2
     )
     assert reply["snapshot"] == memory.manifest.id
-    assert set(reply["milliseconds"]) == {"queue", "encode", "search", "aggregate", "total"}
+    assert set(reply["milliseconds"]) == {"queue", "encode", "search", "merge", "aggregate", "total"}
     for got, wanted in zip(reply["answers"], expected, strict=True):
         assert [label["uid"] for label in got["labels"]] == [label.uid for label in wanted]
         for label, other in zip(got["labels"], wanted, strict=True):
             assert label["score"] == pytest.approx(other.score, abs=1e-5)
+            assert label["label_share"] == pytest.approx(other.label_share, abs=1e-4)
             assert [v["key_id"] for v in label["evidence"]] == [v.key_id for v in other.evidence or []]
             assert sum(v["share"] for v in label["evidence"]) <= 1 + 1e-5
 
 
-def test_defaults_are_the_snapshots(url: str, tiny_run: Recipe, texts: list[str]) -> None:
-    reply = httpx.post(f"{url}/v1/predict", json={"texts": texts[:1]}, timeout=60).json()
-    assert len(reply["answers"][0]["labels"]) == tiny_run.prediction.k
-    assert reply["answers"][0]["labels"][0]["evidence"] is None
+def test_an_answer_does_not_depend_on_the_batch_it_rode_in(
+    served: str, memory: raexmc_ray.Memory, tiny_texts: list[str]
+) -> None:
+    """Sixty-four callers at once, with settings of their own, each get what they would have got alone."""
+    rng = random.Random(0)
+    asked = [
+        {
+            "texts": rng.sample(tiny_texts, rng.choice([1, 1, 3])),
+            "k": rng.choice([3, 10]),
+            "lambda_": rng.choice([0.2, 0.5]),
+            "neighbours": rng.choice([None, 40, Neighbours(instances=10, labels=10)]),
+            "evidence": rng.choice([0, 2]),
+        }
+        for _ in range(64)
+    ]
+
+    async def ask() -> list:
+        async with AsyncClient(served) as client:
+            return await asyncio.gather(*(client.predict(**settings) for settings in asked))
+
+    for settings_, reply in zip(asked, asyncio.run(ask()), strict=True):
+        for got, wanted in zip(reply.answers, memory.predict(**settings_), strict=True):
+            assert [label.uid for label in got.labels] == [label.uid for label in wanted]
+            assert [label.score for label in got.labels] == pytest.approx([w.score for w in wanted], abs=1e-5)
+            for label, other in zip(got.labels, wanted, strict=True):
+                assert [v.key_id for v in label.evidence or []] == [v.key_id for v in other.evidence or []]
 
 
-def test_memory_health_and_ready(url: str) -> None:
-    memory = httpx.get(f"{url}/v1/memory", timeout=60).json()
-    assert memory["shards"] == 3
-    assert memory["instances"] == 240
-    assert httpx.get(f"{url}/v1/health", timeout=60).json() == {"status": "ok"}
-    assert httpx.get(f"{url}/v1/ready", timeout=60).json() == {"status": "ready"}
-    assert "/v1/predict" in httpx.get(f"{url}/openapi.json", timeout=60).json()["paths"]
+def test_defaults_are_the_snapshots(served: str, tiny_run: Recipe, tiny_texts: list[str]) -> None:
+    with Client(served) as client:
+        reply = client.predict(tiny_texts[:1])
+    assert len(reply.answers[0].labels) == tiny_run.prediction.k
+    assert reply.answers[0].labels[0].evidence is None
+    assert reply.missing_shards == []
+
+
+def test_filters_leave_scores_as_they_are(served: str, tiny_texts: list[str]) -> None:
+    with Client(served) as client:
+        every = client.predict(tiny_texts[:3], 1000)
+        some = [label.uid for label in every.answers[0].labels[1:4]]
+        allowed = client.predict(tiny_texts[:3], labels_allowed=some)
+        blocked = client.predict(tiny_texts[:3], 1000, labels_blocked=some)
+        for everything, only, without in zip(every.answers, allowed.answers, blocked.answers, strict=True):
+            assert only.labels == [label for label in everything.labels if label.uid in some]
+            assert without.labels == [label for label in everything.labels if label.uid not in some]
+        with pytest.raises(ApiError, match=r"404 .*'no such label'"):
+            client.predict(tiny_texts[:1], labels_allowed=["no such label"])
+
+
+def test_labels_are_found_by_uid_and_by_how_they_begin(served: str, memory: raexmc_ray.Memory) -> None:
+    rows = memory.labels.to_pylist()
+    with Client(served) as client:
+        for row in rows[:: len(rows) // 5]:
+            found = client.label(row["uid"])
+            assert (found.label, found.text) == (row["index"], row["text"])
+            prefix = row["text"][:8]
+            begins = {r["index"] for r in rows if (r["text"].lower() + "\0").startswith(prefix.lower())}
+            begins |= {r["index"] for r in rows if r["uid"].startswith(prefix)}
+            got = client.labels(prefix.upper() if prefix.upper() == prefix else prefix, limit=100)
+            assert {label.label for label in got.labels} == begins
+        with pytest.raises(ApiError, match="no label of this memory has the uid 'a/b c'"):
+            client.label("a/b c")
+
+
+def test_memory_health_and_ready(served: str) -> None:
+    with Client(served) as client:
+        memory = client.memory()
+    assert (memory.shards, memory.instances) == (3, 240)
+    assert sum(memory.bytes.values()) > 0
+    assert httpx.get(f"{served}/v1/health", timeout=60).json() == {"status": "ok"}
+    assert httpx.get(f"{served}/v1/ready", timeout=60).json() == {"status": "ready"}
 
 
 @pytest.mark.parametrize(
@@ -76,29 +129,134 @@ def test_memory_health_and_ready(url: str) -> None:
         ({"texts": ["x"], "temperature": 0}, "temperature"),
         ({"texts": ["x"], "neighbours": {"joint": 0}}, "neighbours"),
         ({"texts": ["x"], "neighbours": {}}, "neighbours"),
+        ({"texts": ["x"], "neighbours": {"joint": 16384}}, "neighbours: keys: 16,384 are more than the 2,000"),
         ({"texts": ["x"], "neighbors": {}}, "neighbors"),
+        ({"texts": ["x" * 20_001]}, "texts"),
     ],
 )
-def test_a_bad_request_is_a_problem_that_names_the_field(url: str, body: dict, field: str) -> None:
-    reply = httpx.post(f"{url}/v1/predict", json=body, timeout=60)
+def test_a_bad_request_is_a_problem_that_names_the_field(served: str, body: dict, field: str) -> None:
+    reply = httpx.post(f"{served}/v1/predict", json=body, timeout=60)
     assert reply.status_code == 422
     assert reply.headers["content-type"] == "application/problem+json"
     problem = reply.json()
     assert problem["status"] == 422
     assert field in problem["detail"]
+    assert problem["request_id"] == reply.headers["x-request-id"]
 
 
-def test_broken_json_is_a_problem(url: str) -> None:
-    headers = {"content-type": "application/json"}
-    reply = httpx.post(f"{url}/v1/predict", content=b"{", headers=headers, timeout=60)
-    assert reply.status_code == 422
-    assert json.loads(reply.text)["title"] == "The request is not valid"
+def test_what_is_no_request_at_all_is_a_problem(served: str) -> None:
+    for method, path, content, status in (
+        ("POST", "/v1/predict", b"{", 422),
+        ("POST", "/v1/predict", b'{"texts": ["\xff"]}', 400),
+        ("POST", "/v1/predict", b"[1]", 422),
+        ("POST", "/v1/predict", b'{"texts": ["\\ud800"]}', 422),
+        ("GET", "/v1/predict", b"", 405),
+        ("GET", "/v2/nothing", b"", 404),
+        ("GET", "/v1/labels", b"", 422),
+        ("POST", "/v1/predict", b" " * (9 << 20), 413),
+    ):
+        headers = {"content-type": "application/json"}
+        reply = httpx.request(method, f"{served}{path}", content=content, headers=headers, timeout=60)
+        assert reply.status_code == status, (method, path, content[:20], reply.text)
+        assert reply.headers["content-type"] == "application/problem+json"
+        assert json.loads(reply.text)["status"] == status
 
 
-def test_query_prints_labels(url: str, texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_bodies_never_break_it(served: str) -> None:
+    """10,000 bodies: valid ones with bytes changed, cut or doubled, and JSON of any shape; no 5xx, only problems."""
+    rng = random.Random(1)
+    valid = json.dumps(
+        {"texts": ["vim: an editor", "ünï"], "k": 3, "lambda": 0.5, "temperature": 0.1, "neighbours": {"joint": 9}}
+    ).encode()
+    values = [None, True, 0, -1, 1e308, 10**30, "", "x", "\ud83d", [], [[]], {}, {"joint": None}, ["x"] * 300, 0.5]
+    names = ["texts", "k", "lambda", "lambda_", "temperature", "neighbours", "evidence", "labels_allowed", "x"]
+
+    def body() -> bytes:
+        if rng.random() < 0.5:
+            return json.dumps({rng.choice(names): rng.choice(values) for _ in range(rng.randint(0, 4))}).encode()
+        changed = bytearray(valid)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(changed))
+            if rng.random() < 0.5:
+                changed[at] = rng.randrange(256)
+            elif rng.random() < 0.5:
+                del changed[at : at + rng.randint(1, 9)]
+            else:
+                changed[at:at] = changed[: rng.randint(1, 40)]
+        return bytes(changed)
+
+    async def ask() -> list[httpx.Response]:
+        gate = asyncio.Semaphore(32)
+        async with httpx.AsyncClient(timeout=60) as http:
+
+            async def one() -> httpx.Response:
+                async with gate:
+                    headers = {"content-type": "application/json"}
+                    return await http.post(f"{served}/v1/predict", content=body(), headers=headers)
+
+            return await asyncio.gather(*(one() for _ in range(10_000)))
+
+    replies = asyncio.run(ask())
+    statuses = {reply.status_code for reply in replies}
+    assert {200, 422} <= statuses <= {200, 400, 404, 422}, statuses
+    for reply in replies:
+        assert reply.status_code == 200 or reply.headers["content-type"] == "application/problem+json"
+        assert "Traceback" not in reply.text
+        assert "/raexmc_ray/" not in reply.text
+
+
+def test_the_openapi_document_holds(served: str) -> None:
+    """schemathesis, all its checks: what the document promises is what the application does."""
+    for operation in schemathesis.openapi.from_url(f"{served}/openapi.json").get_all_operations():
+
+        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(case=operation.ok().as_strategy())
+        def check(case: schemathesis.Case) -> None:
+            case.call_and_validate(timeout=60)
+
+        check()
+
+
+def test_the_client_says_what_is_wrong(served: str, tiny_texts: list[str]) -> None:
+    with Client(served) as client:
+        with pytest.raises(ValueError, match="temperature"):
+            client.predict(tiny_texts[:1], temperature=-1)
+        with pytest.raises(TypeError, match=r"predict\(\[text\]\)"):
+            client.predict("a text")
+        with pytest.raises(ApiError, match=r"422 .*2,000") as caught:
+            client.predict(tiny_texts[:1], neighbours=16384)
+        assert caught.value.problem.request_id
+    with Client("http://127.0.0.1:9") as client, pytest.raises(UnreachableError, match=r"127\.0\.0\.1:9"):
+        client.memory()
+
+
+def test_prometheus_has_what_the_dashboard_shows(served: str, tiny_texts: list[str]) -> None:
+    with Client(served) as client:
+        client.predict(tiny_texts[:4])
+    shown = set(re.findall(r"ray_raexmc_\w+", (ROOT / "serve_configs/grafana.json").read_text()))
+    rare = {"ray_raexmc_retries_total", "ray_raexmc_missing_shards_total"}  # there is nothing to count yet
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+    found: set[str] = set()
+    for _ in range(60):  # they are exported every few seconds
+        found = set(re.findall(r"^(ray_raexmc_\w+)\{", httpx.get(address, timeout=30).text, re.MULTILINE))
+        if shown - rare <= found:
+            break
+        asyncio.run(asyncio.sleep(0.5))
+    assert shown - rare <= found
+
+
+def test_query_prints_labels(served: str, tiny_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from raexmc_ray.cli import app
 
-    app(["query", texts[0], "--url", url, "--k", "3", "--evidence", "1"], standalone_mode=False)
+    app(["query", tiny_texts[0], "--url", served, "--k", "3", "--evidence", "1"], standalone_mode=False)
     printed = capsys.readouterr().out
-    assert texts[0].split(":")[0] in printed
+    assert tiny_texts[0].split(":")[0] in printed
     assert "cosine" in printed
+
+
+def test_the_page_needs_nothing_from_outside(served: str) -> None:
+    reply = httpx.get(served, timeout=60)
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", reply.text)
+    assert (Path(raexmc_ray.__file__).parent / "serve/page.html").read_text() == reply.text

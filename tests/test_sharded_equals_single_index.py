@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -9,7 +11,7 @@ from helpers import flat_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, merge_hits
+from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, merge_hits, search_all
 from raexmc_ray.memory.index import SLACK
 from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.ragged import ragged_take
@@ -45,23 +47,29 @@ class World:
         self.values = sp.csr_matrix(sp.vstack([self.relevance, sp.eye_array(labels, dtype=np.float32)]))
 
     def search(self, queries: np.ndarray, neighbours: Neighbours, shards: int) -> Hits:
-        parts = []
-        for shard in range(shards):
-            ids = np.arange(shard, len(self.keys), shards)
-            if not len(ids):
-                continue
-            index, cut = flat_index(self.keys[ids]), int(np.searchsorted(ids, self.instances))
-            ranges = (
-                [(neighbours.joint, 0, len(ids))]
-                if neighbours.joint is not None
-                else [(neighbours.instances or 0, 0, cut), (neighbours.labels or 0, cut, len(ids))]
-            )
-            for b, start, stop in ranges:
-                positions, scores = index.search(queries, b, start, stop)
-                found = ids[positions]
-                votes, offsets = ragged_take(self.values.indices, self.values.indptr, found.ravel())
-                parts.append(Hits(found, scores, found >= self.instances, votes, offsets, "s"))
-        return merge_hits(parts, neighbours)
+        self.asked = 0
+
+        def ask(rows: Any, asked: Neighbours) -> list[Hits]:
+            self.asked += 1
+            parts = []
+            for shard in range(shards):
+                ids = np.arange(shard, len(self.keys), shards)
+                if not len(ids):
+                    continue
+                index, cut = flat_index(self.keys[ids]), int(np.searchsorted(ids, self.instances))
+                ranges = (
+                    [(asked.joint, 0, len(ids))]
+                    if asked.joint is not None
+                    else [(asked.instances or 0, 0, cut), (asked.labels or 0, cut, len(ids))]
+                )
+                for b, start, stop in ranges:
+                    positions, scores = index.search(queries[rows], b, start, stop)
+                    found = ids[positions]
+                    votes, offsets = ragged_take(self.values.indices, self.values.indptr, found.ravel())
+                    parts.append(Hits(found, scores, found >= self.instances, votes, offsets, "s"))
+            return parts
+
+        return search_all(ask, neighbours, shards)
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,10 +80,16 @@ class World:
     b=st.integers(1, 120),
     shards=st.integers(1, 9),
     ties=st.booleans(),
+    crowded=st.booleans(),
 )
-def test_hits_are_numpys_to_the_bit(seed: int, instances: int, labels: int, b: int, shards: int, ties: bool) -> None:
+def test_hits_are_numpys_to_the_bit(
+    seed: int, instances: int, labels: int, b: int, shards: int, ties: bool, crowded: bool
+) -> None:
     rng = np.random.default_rng(seed)
     keys = tied(rng, instances + labels) if ties else unit(rng, instances + labels, 8)
+    if crowded:  # all keys that are near lie in one shard
+        keys[::shards] = keys[0] + rng.normal(scale=0.05, size=keys[::shards].shape)
+        keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     keys[rng.integers(len(keys), size=len(keys) // 3)] = keys[0]
     queries = np.concatenate([tied(rng, 3) if ties else unit(rng, 3, 8), keys[:2]])
     world = World(keys, instances, labels, seed)
@@ -152,6 +166,21 @@ def test_predictions_are_the_dense_formulas(seed: int, b: int, shards: int, k: i
             assert evidence.shares[part].sum() == pytest.approx(1, abs=1e-5)
             assert (np.diff(evidence.shares[part]) <= 0).all()
             assert (values[evidence.key_ids[part], label] > 0).all(), "only keys that vote for the label"
+
+
+def test_a_shard_that_has_more_than_its_share_is_asked_again() -> None:
+    rng = np.random.default_rng(0)
+    keys = unit(rng, 400, 8)
+    keys[::4] = keys[0]
+    world, queries = World(keys, 300, 100, 0), np.concatenate([keys[:1], unit(rng, 5, 8)])
+    hits = world.search(queries, Neighbours(joint=60), 4)
+    assert world.asked == 2
+    assert np.array_equal(hits.key_ids_Bb, reference(queries, keys, np.arange(400), 60)[0])
+    votes, offsets = ragged_take(world.values.indices, world.values.indptr, hits.key_ids_Bb.ravel())
+    assert np.array_equal(hits.votes, votes)
+    assert np.array_equal(hits.vote_offsets, offsets)
+    world.search(queries[1:], Neighbours(joint=60), 4)
+    assert world.asked == 1, "the usual case"
 
 
 def test_more_ties_than_the_first_search_sees() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,9 +43,65 @@ class Hits:
             self.snapshot,
         )
 
+    def with_rows(self, rows: np.ndarray, other: Hits) -> Hits:
+        """These hits, but with those of `other` for the queries `rows`."""
+        shape = self.key_ids_Bb.shape
+        starts, lengths = self.vote_offsets[:-1].reshape(shape).copy(), np.diff(self.vote_offsets).reshape(shape)
+        starts[rows] = len(self.votes) + other.vote_offsets[:-1].reshape(other.key_ids_Bb.shape)
+        lengths[rows] = np.diff(other.vote_offsets).reshape(other.key_ids_Bb.shape)
+        key_ids, scores, is_label = self.key_ids_Bb.copy(), self.scores_Bb.copy(), self.is_label_Bb.copy()
+        key_ids[rows], scores[rows], is_label[rows] = other.key_ids_Bb, other.scores_Bb, other.is_label_Bb
+        votes = np.concatenate([self.votes, other.votes])[ragged_places(starts.ravel(), lengths.ravel())]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return Hits(key_ids, scores, is_label, votes, offsets, self.snapshot)
+
 
 class SnapshotMismatchError(RuntimeError):
     """Shards answered from different snapshots; such answers are never merged."""
+
+
+def asked_of_a_shard(neighbours: Neighbours, shards: int) -> Neighbours:
+    """How many of the memory's best keys each of its shards is asked for first.
+
+    Keys are dealt to shards by id, so each has 1/shards of the best b, give or take: four standard deviations more
+    than that are nearly always enough, and a fraction of what would have to be found, sent and merged otherwise.
+    """
+
+    def share(b: int | None) -> int | None:
+        return b and min(b, math.ceil(b / shards + 4 * math.sqrt(b / shards)))
+
+    return Neighbours(
+        joint=share(neighbours.joint), instances=share(neighbours.instances), labels=share(neighbours.labels)
+    )
+
+
+def unsettled(parts: Sequence[Hits], merged: Hits, asked: Neighbours) -> np.ndarray:
+    """Rows of `merged` that may lack keys: those in which the last key that some part was asked for is among the best,
+    so that its next one could be, too. int64."""
+    rows = np.zeros(len(merged.key_ids_Bb), bool)
+    for part in parts:
+        found = part.key_ids_Bb >= 0
+        kinds = [(found, asked.joint)]
+        if asked.joint is None:
+            kinds = [(found & ~part.is_label_Bb, asked.instances), (found & part.is_label_Bb, asked.labels)]
+        for of_kind, limit in kinds:
+            full = np.flatnonzero(of_kind.sum(axis=1) == limit) if limit else np.empty(0, np.int64)
+            if len(full):
+                last = of_kind.shape[1] - 1 - np.argmax(of_kind[full, ::-1], axis=1)
+                rows[full] |= (merged.key_ids_Bb[full] == part.key_ids_Bb[full, last, None]).any(axis=1)
+    return np.flatnonzero(rows)
+
+
+def search_all(ask: Callable[[Any, Neighbours], Sequence[Hits]], neighbours: Neighbours, shards: int) -> Hits:
+    """The memory's best keys: what all shards have of them, merged; asked again where that was too few.
+
+    ask: (rows of the queries, how many keys) to what each shard found for them.
+    """
+    asked = asked_of_a_shard(neighbours, shards)
+    parts = ask(slice(None), asked)
+    hits = merge_hits(parts, neighbours)
+    rows = unsettled(parts, hits, asked) if asked != neighbours else ()
+    return hits.with_rows(np.asarray(rows), merge_hits(ask(rows, neighbours), neighbours)) if len(rows) else hits
 
 
 def merge_hits(parts: Sequence[Hits], neighbours: Neighbours) -> Hits:

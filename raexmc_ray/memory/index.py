@@ -108,6 +108,10 @@ class Lists:
     lists_Bp: np.ndarray
     scores_Bp: np.ndarray
 
+    def of(self, rows: Any) -> Lists:
+        """Those of some of the queries."""
+        return Lists(self.lists_Bp[rows], self.scores_Bp[rows])
+
 
 def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
     """An empty FAISS index of this kind, trained on a sample of the whole memory: float32 [n, d], of unit length.
@@ -265,11 +269,18 @@ class ShardIndex:
         return int(self._index.ntotal)
 
     def search(
-        self, queries_BD: np.ndarray, b: int, start: int, stop: int, lists: Lists | None = None
+        self,
+        queries_BD: np.ndarray,
+        b: int,
+        start: int,
+        stop: int,
+        lists: Lists | None = None,
+        wanted: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best b of the keys at positions start..stop-1 for each query.
 
-        queries_BD: float32, of unit length. lists: from the CoarseQuantizer, for kinds that have one. Returns
+        queries_BD: float32, of unit length. lists: from the CoarseQuantizer, for kinds that have one. wanted: of the
+        whole memory, b where left out; an approximate index looks at as many keys as that takes. Returns
         (positions_Bb int64, scores_Bb float32) in the order (score descending, position ascending), with b cut to
         the number of keys there are; where lists hold fewer, position −1 and score −∞ stand at a row's end.
         """
@@ -280,7 +291,7 @@ class ShardIndex:
         scores_Bb = np.full((B, b), -np.inf, np.float32)
         if b == 0:
             return positions_Bb, scores_Bb
-        width, open_rows = min(self._first_width(b), keys), np.arange(B)
+        width, open_rows = min(max(b, self._first_width(b, wanted or b)), keys), np.arange(B)
         while len(open_rows):
             coarse, found = self._candidates(queries_BD[open_rows], width, start, stop, lists, open_rows)
             scores = coarse if self._keys_ND is None else self._rescored(queries_BD[open_rows], found)
@@ -303,13 +314,15 @@ class ShardIndex:
             return 2 * self.spec.dimension * 2.0**-24
         return 0.0 if self.spec.kind in ("flat-fp16", "flat-sq8", "ivf-fp16") else -math.inf
 
-    def _first_width(self, b: int) -> int:
+    def _first_width(self, b: int, wanted: int) -> int:
+        if self.spec.kind == "hnsw":
+            return wanted + SLACK
         if not self.spec.has_vectors:
             return b + SLACK
-        # Keys are dealt to shards by id, so that of the REFINED·b best of the memory a shard has its share, give
+        # Keys are dealt to shards by id, so that of the REFINED·wanted best of the memory a shard has its share, give
         # or take: four standard deviations beyond it.
-        share = REFINED * b / self._shards
-        return math.ceil(share + 4 * math.sqrt(share)) if self._shards > 1 else REFINED * b
+        share = REFINED * wanted / self._shards
+        return math.ceil(share + 4 * math.sqrt(share)) if self._shards > 1 else REFINED * wanted
 
     def _candidates(
         self, queries_BD: np.ndarray, width: int, start: int, stop: int, lists: Lists | None, rows: np.ndarray

@@ -12,7 +12,7 @@ import ray
 
 from raexmc_ray.files import Folder
 from raexmc_ray.local import Memory
-from raexmc_ray.memory.hits import Hits, merge_hits
+from raexmc_ray.memory.hits import Hits, search_all
 from raexmc_ray.memory.index import Lists, use_threads
 from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.shard import Shard, join_keys
@@ -37,8 +37,8 @@ class ShardActor:
         verify = not ray.get_runtime_context().was_current_actor_reconstructed
         self._shard = Shard(open_snapshot(memory, snapshot), shard, verify=verify, gpu=gpu)
 
-    def search(self, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None) -> Hits:
-        return self._shard.search(queries_BD, neighbours, lists)
+    def search(self, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None, asked: Neighbours) -> Hits:
+        return self._shard.search(queries_BD, neighbours, lists, asked)
 
     def keys(self, key_ids: np.ndarray) -> pa.Table:
         return self._shard.keys(key_ids)
@@ -72,11 +72,15 @@ class ShardPool:
         Raises ShardUnavailableError, which names the shard, rather than answer without it.
         """
         lists = self._quantizer.assign(queries_BD) if self._quantizer else None
-        shared: tuple[Any, ...] = queries_BD, lists
-        if queries_BD.nbytes > PUT_ABOVE_BYTES:
-            shared = tuple(map(ray.put, shared))
-        queries, lists_ = shared
-        return merge_hits(self._call("search", queries, neighbours, lists_), neighbours)
+
+        def ask(rows: Any, asked: Neighbours) -> list[Hits]:
+            some, into = queries_BD[rows], lists and lists.of(rows)
+            shared: tuple[Any, Any] = (some, into)
+            if some.nbytes > PUT_ABOVE_BYTES:
+                shared = (ray.put(some), ray.put(into))
+            return self._call("search", shared[0], neighbours, shared[1], asked)
+
+        return search_all(ask, neighbours, len(self.actors))
 
     def keys(self, key_ids: np.ndarray) -> dict[int, dict[str, str]]:
         """{key id: {"kind", "uid", "text"}} of these keys."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from raexmc_ray.memory.hits import Hits, merge_hits
+from raexmc_ray.memory.hits import Hits, merge_hits, search_all
 from raexmc_ray.memory.index import INDEX, VECTORS, Lists, ShardIndex
 from raexmc_ray.memory.snapshot import Snapshot, SnapshotError, shard_file
 from raexmc_ray.ragged import ragged_take
@@ -46,19 +46,31 @@ class Shard:
     def __len__(self) -> int:
         return len(self._index)
 
-    def search(self, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None = None) -> Hits:
+    def search(
+        self,
+        queries_BD: np.ndarray,
+        neighbours: Neighbours,
+        lists: Lists | None = None,
+        asked: Neighbours | None = None,
+    ) -> Hits:
         """This shard's best keys for each query: float32 [B, d], of unit length.
 
-        lists: from the snapshot's quantiser, for kinds of index that have one.
+        neighbours: how many are wanted of the whole memory, on which it depends how well an approximate index looks.
+        lists: from the snapshot's quantiser, for kinds of index that have one. asked: how many of its best the shard
+        gives; as many as are wanted of the memory where left out.
         """
+        asked = asked or neighbours
         if neighbours.joint is not None:
-            return self._search(queries_BD, neighbours.joint, 0, len(self), lists)
-        instances = self._search(queries_BD, neighbours.instances or 0, 0, self._instances, lists)
-        labels = self._search(queries_BD, neighbours.labels or 0, self._instances, len(self), lists)
-        return merge_hits([instances, labels], neighbours)
+            return self._search(queries_BD, (neighbours.joint, asked.joint), 0, len(self), lists)
+        instances = self._search(queries_BD, (neighbours.instances, asked.instances), 0, self._instances, lists)
+        labels = self._search(queries_BD, (neighbours.labels, asked.labels), self._instances, len(self), lists)
+        return merge_hits([instances, labels], asked)
 
-    def _search(self, queries_BD: np.ndarray, b: int, start: int, stop: int, lists: Lists | None) -> Hits:
-        positions_Bb, scores_Bb = self._index.search(queries_BD, b, start, stop, lists)
+    def _search(
+        self, queries_BD: np.ndarray, numbers: tuple[int | None, int | None], start: int, stop: int, lists: Lists | None
+    ) -> Hits:
+        wanted, asked = (number or 0 for number in numbers)
+        positions_Bb, scores_Bb = self._index.search(queries_BD, asked, start, stop, lists, wanted=wanted)
         found = positions_Bb.ravel() >= 0
         positions = positions_Bb.ravel()[found]
         votes, offsets = ragged_take(self._votes, self._vote_offsets, positions)
@@ -114,7 +126,12 @@ class LocalShards:
 
     def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
         lists = self._quantizer.assign(queries_BD) if self._quantizer else None
-        return merge_hits([shard.search(queries_BD, neighbours, lists) for shard in self._shards], neighbours)
+
+        def ask(rows: Any, asked: Neighbours) -> list[Hits]:
+            some, into = queries_BD[rows], lists and lists.of(rows)
+            return [shard.search(some, neighbours, into, asked) for shard in self._shards]
+
+        return search_all(ask, neighbours, len(self._shards))
 
     def keys(self, key_ids: np.ndarray) -> dict[int, dict[str, str]]:
         return join_keys([shard.keys(key_ids) for shard in self._shards])

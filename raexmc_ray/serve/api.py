@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,14 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve.api")
 
-SECURITY = {
-    # The page is one file: its own script and style, its own server, nothing from outside.
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
 
 def _errors(**said: str) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's account of the errors of a route: {"e404": what it means}."""
@@ -63,7 +57,7 @@ def make_api(ingress: Ingress, settings: ServeSettings, tokens: Tokens) -> FastA
         redoc_url=None,
     )
     _add_errors(api)
-    _add_routes(api, ingress, settings.log_texts)
+    _add_routes(api, ingress, settings)
     api.add_middleware(Guard, limits=settings.limits, tokens=tokens, answered=ingress.answered)
     described = api.openapi
 
@@ -84,20 +78,25 @@ def make_api(ingress: Ingress, settings: ServeSettings, tokens: Tokens) -> FastA
     return api
 
 
-def _add_routes(api: FastAPI, ingress: Ingress, log_texts: bool) -> None:
-    page = resources.files("raexmc_ray.serve").joinpath("page.html").read_text("utf-8")
+def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None:
+    limits, page = settings.limits, resources.files("raexmc_ray.serve").joinpath("page.html").read_text("utf-8")
+    security = _security(page)
 
     @api.post(
         "/v1/predict",
         response_model=PredictReply,
-        responses=_errors(e404="A filter names a label that there is not", e422="The request is not valid"),
+        responses=_errors(
+            e400="The body is not text",
+            e404="A filter names a label that there is not",
+            e422="The request is not valid",
+        ),
     )
     async def predict(body: PredictRequest, request: Request) -> Response:
         """The best labels of each text, with scores and, if asked for, the evidence for each."""
         state = request.state
         reply = await ingress.predict(body, state.request_id, state.started)
         state.log = {"texts": len(body.texts), "snapshot": reply.snapshot, "stages": reply.milliseconds}
-        if log_texts:
+        if settings.log_texts:
             state.log["said"] = body.texts
         # Written by pydantic itself: FastAPI would validate the reply once more, and walk through it in Python.
         return Response(reply.model_dump_json(), media_type="application/json")
@@ -137,6 +136,7 @@ def _add_routes(api: FastAPI, ingress: Ingress, log_texts: bool) -> None:
             index=manifest.index.kind,
             bytes=manifest.bytes_by_part(),
             defaults=defaults,
+            limits=limits,
             **sizes,
         )
 
@@ -153,7 +153,29 @@ def _add_routes(api: FastAPI, ingress: Ingress, log_texts: bool) -> None:
 
     @api.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page, headers=SECURITY)
+        return HTMLResponse(page, headers=security)
+
+
+def _said(part: dict[str, Any]) -> str:
+    """One of pydantic's errors, for people: where, and what."""
+    if part["type"] == "json_invalid":
+        return f"body: not JSON at character {part['loc'][-1]}: {part['ctx']['error']}"
+    return f"{'.'.join(map(str, part['loc'][1:])) or 'body'}: {part['msg']}"
+
+
+def _security(page: str) -> dict[str, str]:
+    """Headers of the page, which is one file: its own script and style, its own server, nothing from outside."""
+    allowed = []
+    for tag in ("script", "style"):
+        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        allowed.append(f"{tag}-src 'sha256-{digest}'")
+    policy = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return {
+        "Content-Security-Policy": f"default-src 'none'; {'; '.join(allowed)}; {policy}",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
 
 
 def _add_errors(api: FastAPI) -> None:
@@ -164,7 +186,7 @@ def _add_errors(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        lines = [f"{'.'.join(map(str, part['loc'][1:])) or 'body'}: {part['msg']}" for part in error.errors()[:10]]
+        lines = [_said(part) for part in error.errors()[:10]]
         return problem(request, 422, "The request is not valid", "; ".join(lines))
 
     @api.exception_handler(RequestError)

@@ -81,9 +81,12 @@ class MemoryShard:
         """Have this snapshot's shard open."""
         await self._shards.get(snapshot)
 
-    async def search(self, snapshot: str, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None) -> Hits:
+    async def search(
+        self, snapshot: str, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None, asked: Neighbours
+    ) -> Hits:
+        """This shard's best keys for each query, as `Shard.search` has them."""
         shard = await self._shards.get(snapshot)
-        return await asyncio.to_thread(shard.search, queries_BD, neighbours, lists)
+        return await asyncio.to_thread(shard.search, queries_BD, neighbours, lists, asked)
 
     async def keys(self, snapshot: str, key_ids: np.ndarray) -> pa.Table:
         return (await self._shards.get(snapshot)).keys(key_ids)

@@ -10,6 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ PROBLEM_TYPE = b"application/problem+json"
 TOKENS = "RAEXMC_TOKENS"
 LEAST_TOKEN = 16
 REREAD_S = 1.0
+CLIENT_GONE = 499
+"""What nginx writes for a caller that left before the answer."""
 OPEN_PATHS = frozenset({"/", "/openapi.json", "/v1/health", "/v1/ready"})
 """What needs no token: the page and the API's description have no data in them, and a load balancer has none."""
 access_log = logging.getLogger("ray.serve.access")
+Answered = Callable[[str, int, float], None]
+"""Told the path, the status and the seconds of each answer."""
 
 
 class Tokens:
@@ -99,8 +104,9 @@ class Guard:
     In this order: too many at a time (503), no valid token (401), too many a second (429), too large a body (413).
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, tokens: Tokens, answered: Callable[[int], None]) -> None:
-        """answered: told the status of each answer."""
+    def __init__(
+        self, app: ASGIApp, limits: Limits, tokens: Tokens, answered: Callable[[str, int, float], None]
+    ) -> None:
         self._app, self._limits, self._tokens, self._answered = app, limits, tokens, answered
         self._running = 0
         self._rate = RateLimitItemPerSecond(limits.requests_per_second) if limits.requests_per_second else None
@@ -112,17 +118,22 @@ class Guard:
             return
         started = time.perf_counter()
         headers = dict(scope["headers"])
-        request_id = _request_id(headers.get(b"x-request-id"))
+        # Serve's proxy gives each request an id, or keeps the caller's, and says it in the answer's headers.
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"], state["started"] = request_id, started
         entry: dict[str, Any] = {"request": request_id, "method": scope["method"], "path": scope["path"]}
 
+        body = _Bounded(receive, self._limits.body_bytes)
+
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 entry["status"] = message["status"]
-                self._answered(message["status"])
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
+
+        async def unless_too_large(message: Message) -> None:
+            if not body.too_large or "status" in entry:  # frameworks make answers of their own of our exception
+                await answer(message)
 
         self._running += 1
         try:
@@ -130,13 +141,16 @@ class Guard:
             if refusal:
                 await send_problem(answer, *refusal, request_id)
             else:
-                await self._app(scope, _Bounded(receive, self._limits.body_bytes), answer)
-        except _TooLarge:
-            await send_problem(answer, *self._too_large(), request_id)
+                with suppress(_TooLarge):
+                    await self._app(scope, body, unless_too_large)
+                if body.too_large and "status" not in entry:
+                    await send_problem(answer, *self._too_large(), request_id)
         finally:
             self._running -= 1
-            entry["ms"] = round(1000 * (time.perf_counter() - started), 2)
-            access_log.info("%s", json.dumps({**entry, **state.get("log", {})}, ensure_ascii=False))
+            seconds = time.perf_counter() - started
+            entry["ms"] = round(1000 * seconds, 2)
+            self._answered(scope["path"], entry.get("status", CLIENT_GONE), seconds)
+            access_log.info("%s", json.dumps({**entry, **state.get("log", {})}))
 
     def _refuse(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str, str, dict[str, str]] | None:
         """(status, title, detail, headers) of the refusal, or None."""
@@ -175,18 +189,16 @@ class _Bounded:
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive, self._left = receive, limit
 
+    @property
+    def too_large(self) -> bool:
+        return self._left < 0
+
     async def __call__(self) -> Message:
         message = await self._receive()
         self._left -= len(message.get("body", b""))
-        if self._left < 0:
+        if self.too_large:
             raise _TooLarge
         return message
-
-
-def _request_id(given: bytes | None) -> str:
-    """The caller's id where it is one that can stand in a log, else a new one."""
-    text = (given or b"").decode("latin-1")
-    return text if 0 < len(text) <= 128 and text.isascii() and text.replace("-", "").isalnum() else uuid.uuid4().hex
 
 
 async def send_problem(

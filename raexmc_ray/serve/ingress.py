@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from raexmc_ray.answer import ScoredLabel, make_answers
 from raexmc_ray.files import Folder
 from raexmc_ray.label_lookup import LabelLookup
 from raexmc_ray.local import override
-from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, merge_hits
+from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, asked_of_a_shard, merge_hits, unsettled
 from raexmc_ray.memory.index import CoarseQuantizer, Lists
 from raexmc_ray.memory.shard import join_keys
 from raexmc_ray.memory.snapshot import LABELS, Manifest, open_snapshot
@@ -98,13 +98,13 @@ Answers = dict[Query, PredictReply | Exception]
 class Clock:
     """Seconds spent in each stage of a batch."""
 
-    last: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
-        self.last = now
+        """What was not spent in a stage before was spent in this one."""
+        spent = time.perf_counter() - self.started - sum(self.seconds.values())
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
 
 @serve.deployment(max_ongoing_requests=8 * MAX_ONGOING)
@@ -132,9 +132,11 @@ class Ingress:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Move to a snapshot. Requests that are on their way are answered from the one that they came in under."""
-        view = await asyncio.to_thread(View.open, self._memory, config["snapshot"])
-        self._view = view
-        self._metrics.snapshot(view.manifest.id)
+        self._view = await asyncio.to_thread(View.open, self._memory, config["snapshot"])
+
+    def check_health(self) -> None:
+        """Serve asks every few seconds."""
+        self._metrics.snapshot(self.view.manifest.id)
 
     @property
     def view(self) -> View:
@@ -142,9 +144,9 @@ class Ingress:
         assert self._view, "Serve calls `reconfigure` before it sends requests"
         return self._view
 
-    def answered(self, status: int) -> None:
-        """An HTTP request was answered with this status."""
-        self._metrics.request(status)
+    def answered(self, path: str, status: int, seconds: float) -> None:
+        """An HTTP request was answered with this status after so long."""
+        self._metrics.request(path.split("/labels/")[0], status, seconds)
 
     async def predict(self, request: PredictRequest, request_id: str, started: float) -> PredictReply:
         """Answer a request that came at `started` (of `time.perf_counter`).
@@ -186,6 +188,9 @@ class Ingress:
         """The replies of a batch, each query's or its error."""
         answers: Answers = {}
         clock = Clock()
+        self._metrics.batch(sum(len(query.texts) for query in queries))
+        for query in queries:
+            self._metrics.stages({"queue": clock.started - query.arrived})
         ordered = sorted(queries, key=lambda query: (query.retrieval, query.aggregation))
         for snapshot, same in itertools.groupby(ordered, key=lambda query: query.view.manifest.id):
             group = list(same)
@@ -206,25 +211,35 @@ class Ingress:
                 except Exception as error:
                     answers |= dict.fromkeys(some, error)
                 start = stop
-        self._metrics.batch(sum(len(query.texts) for query in queries), clock.seconds)
+        self._metrics.stages(clock.seconds)
         return [answers[query] for query in queries]
 
     async def _retrieve(self, queries: list[Query], queries_BD: np.ndarray, deadline: float, clock: Clock) -> Answers:
         """Search once for queries that differ in nothing that a search depends on, then answer each."""
         view, neighbours = queries[0].view, queries[0].settings.neighbours
         lists = await asyncio.to_thread(view.quantizer.assign, queries_BD) if view.quantizer else None
-        parts = await self._search(queries, queries_BD, neighbours, lists, deadline)
-        missing = [shard for shard, part in enumerate(parts) if part is None]
-        found = [part for part in parts if part is not None]
-        answers: Answers = {}
-        if missing:
-            answers = {query: MissingShardsError(missing) for query in queries if not (query.allow_partial and found)}
-        if len(answers) == len(queries):
-            return answers
-        hits = await asyncio.to_thread(merge_hits, found, neighbours)
+        shards = range(len(self._shards))
+        asked = asked_of_a_shard(neighbours, len(shards))
+        parts = await self._search(shards, queries, queries_BD, lists, asked, deadline)
+        clock.lap("search")
+        if not parts:
+            return dict.fromkeys(queries, MissingShardsError(shards))
+        hits = await asyncio.to_thread(merge_hits, list(parts.values()), neighbours)
+        rows = unsettled(list(parts.values()), hits, asked) if asked != neighbours else ()
+        clock.lap("merge")
+        if len(rows):  # as in `search_all`
+            some_lists = lists and lists.of(rows)
+            parts = await self._search(parts, queries, queries_BD[rows], some_lists, neighbours, deadline)
+            clock.lap("search")
+            if not parts:
+                return dict.fromkeys(queries, MissingShardsError(shards))
+            hits = hits.with_rows(np.asarray(rows), merge_hits(list(parts.values()), neighbours))
         if hits.snapshot != view.manifest.id:
             raise SnapshotMismatchError(f"shards answered from {hits.snapshot}, asked for {view.manifest.id}")
-        clock.lap("search")
+        missing = [shard for shard in shards if shard not in parts]
+        answers: Answers = {
+            query: MissingShardsError(missing) for query in queries if missing and not query.allow_partial
+        }
         stops = np.cumsum([len(query.texts) for query in queries]).tolist()
         starts = dict(zip(queries, [0, *stops], strict=False))
         for _, same in itertools.groupby(queries, key=lambda query: query.aggregation):
@@ -263,33 +278,33 @@ class Ingress:
 
     async def _search(
         self,
+        shards: Iterable[int],
         queries: list[Query],
         queries_BD: np.ndarray,
-        neighbours: Neighbours,
         lists: Lists | None,
+        asked: Neighbours,
         deadline: float,
-    ) -> list[Hits | None]:
-        """What each shard found; None for those that did not answer in time."""
-        snapshot = queries[0].view.manifest.id
+    ) -> dict[int, Hits]:
+        """What each of these shards found; without those that did not answer in time."""
+        snapshot, neighbours = queries[0].view.manifest.id, queries[0].settings.neighbours
         until = min(deadline, time.perf_counter() + self._settings.shard_timeout_s)
 
-        async def one(shard: int, handle: DeploymentHandle[Any]) -> Hits | None:
-            started = time.perf_counter()
+        async def one(shard: int) -> tuple[int, Hits | None]:
+            started, search = time.perf_counter(), self._shards[shard].search.remote
             try:
-                hits: Hits = await self._call(
-                    f"shard {shard}", until, handle.search.remote, snapshot, queries_BD, neighbours, lists
-                )
+                hits = await self._call(f"shard {shard}", until, search, snapshot, queries_BD, neighbours, lists, asked)
             except Exception as error:
                 self._metrics.missing(shard)
                 requests = [query.request_id for query in queries]
                 log.warning(
                     "shard %d did not answer (%s: %s), requests %s", shard, type(error).__name__, error, requests
                 )
-                return None
+                return shard, None
             self._metrics.shard(shard, time.perf_counter() - started)
-            return hits
+            return shard, hits
 
-        return await asyncio.gather(*(one(shard, handle) for shard, handle in enumerate(self._shards)))
+        found = await asyncio.gather(*map(one, shards))
+        return {shard: hits for shard, hits in found if hits is not None}
 
     async def _call(self, of: str, deadline: float, remote: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         """The call's result; made once more, on another replica, where it was lost with its replica."""
@@ -302,14 +317,13 @@ class Ingress:
 
 
 def _reply(query: Query, rows: list[list[ScoredLabel]], missing: list[int], clock: Clock) -> PredictReply:
-    now = time.perf_counter()
-    total = now - query.arrived
-    stages = {"queue": max(0.0, total - sum(clock.seconds.values()) - (now - clock.last)), **clock.seconds}
+    total = time.perf_counter() - query.arrived
+    stages = {"queue": clock.started - query.arrived, **clock.seconds, "total": total}
     return PredictReply(
         snapshot=query.view.manifest.id,
         answers=[TextAnswer(labels=labels) for labels in rows],
         missing_shards=missing,
-        milliseconds={stage: round(1000 * seconds, 3) for stage, seconds in {**stages, "total": total}.items()},
+        milliseconds={stage: round(1000 * seconds, 3) for stage, seconds in stages.items()},
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
-STAGES = ("queue", "encode", "search", "aggregate", "total")
 
 
 class IngressMetrics:
@@ -16,20 +15,24 @@ class IngressMetrics:
 
     def __init__(self) -> None:
         self._requests = Counter("raexmc_requests", "Requests by HTTP status.", tag_keys=("status",))
+        self._seconds = Histogram("raexmc_request_seconds", "Time of a request.", SECONDS, tag_keys=("path",))
         self._stages = Histogram("raexmc_stage_seconds", "Time of a stage of a batch.", SECONDS, tag_keys=("stage",))
         self._shards = Histogram("raexmc_shard_search_seconds", "Time of a shard's search.", SECONDS, ("shard",))
         self._texts = Histogram("raexmc_batch_texts", "Texts of a batch.", [1, 2, 4, 8, 16, 32, 64, 128, 256])
         self._missing = Counter("raexmc_missing_shards", "Searches that a shard did not answer.", tag_keys=("shard",))
         self._retries = Counter("raexmc_retries", "Calls made again on another replica.", tag_keys=("of",))
         self._snapshot = Gauge("raexmc_snapshot", "1 for the snapshot in use.", tag_keys=("snapshot",))
-        self._in_use: str | None = None
 
-    def request(self, status: int) -> None:
+    def request(self, path: str, status: int, seconds: float) -> None:
         self._requests.inc(tags={"status": str(status)})
+        if status < 400:  # also keeps paths that there are not out of the tags
+            self._seconds.observe(seconds, tags={"path": path})
 
-    def batch(self, texts: int, seconds: dict[str, float]) -> None:
-        """A batch of so many texts took so long in each stage."""
+    def batch(self, texts: int) -> None:
         self._texts.observe(texts)
+
+    def stages(self, seconds: dict[str, float]) -> None:
+        """So long was spent in each stage."""
         for stage, spent in seconds.items():
             self._stages.observe(spent, tags={"stage": stage})
 
@@ -43,7 +46,5 @@ class IngressMetrics:
         self._retries.inc(tags={"of": of})
 
     def snapshot(self, snapshot: str) -> None:
-        if self._in_use:
-            self._snapshot.set(0, tags={"snapshot": self._in_use})
+        """To be said again and again: Ray forgets a gauge that is not set, and with it the snapshot before."""
         self._snapshot.set(1, tags={"snapshot": snapshot})
-        self._in_use = snapshot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints, model_validator
 
 from raexmc_ray.answer import ScoredLabel
 
@@ -67,6 +67,12 @@ class ServeSettings(BaseModel):
     limits: Limits = Limits()
 
 
+def _integral(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral), Strict()]
+"""As JSON Schema has it: 10 and 10.0, but not "10" or true."""
 Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CHARACTERS, pattern=r"\S")]
 Uid = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
@@ -75,7 +81,7 @@ class Joint(BaseModel):
     """The best keys of the whole memory."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    joint: int = Field(ge=1, le=MAX_NEIGHBOURS, strict=True, examples=[200])
+    joint: Integer = Field(ge=1, le=MAX_NEIGHBOURS, examples=[200])
     """Keys from the joint memory."""
 
 
@@ -92,9 +98,9 @@ class Apart(BaseModel):
             ]
         },
     )
-    instances: int = Field(0, ge=0, le=MAX_NEIGHBOURS, strict=True, examples=[100])
+    instances: Integer = Field(0, ge=0, le=MAX_NEIGHBOURS, examples=[100])
     """Keys among the training instances."""
-    labels: int = Field(0, ge=0, le=MAX_NEIGHBOURS, strict=True, examples=[100])
+    labels: Integer = Field(0, ge=0, le=MAX_NEIGHBOURS, examples=[100])
     """Keys among the labels."""
 
     @model_validator(mode="after")
@@ -116,7 +122,7 @@ class PredictRequest(BaseModel):
     )
     texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, examples=[["vim: Vi IMproved"]])]
     """The texts to label."""
-    k: int | None = Field(None, ge=1, le=MAX_K, examples=[10], strict=True)
+    k: Annotated[int, Field(ge=1, le=MAX_K), Strict(), BeforeValidator(_integral)] | None = Field(None, examples=[10])
     """Labels for each text."""
     lambda_: float | None = Field(None, ge=0, le=1, alias="lambda", examples=[0.5], strict=True)
     """1 trusts the training instances only, 0 the labels only."""
@@ -124,7 +130,7 @@ class PredictRequest(BaseModel):
     """Of the softmax over the retrieved keys."""
     neighbours: Joint | Apart | None = Field(None, examples=[{"joint": 200}])
     """How many keys are retrieved: of all, or of instances and labels apart."""
-    evidence: int = Field(0, ge=0, le=100, examples=[3], strict=True)
+    evidence: Integer = Field(0, ge=0, le=100, examples=[3])
     """How many keys are named for each label as its evidence."""
     labels_allowed: Annotated[list[Uid], Field(max_length=MAX_FILTER)] | None = Field(None, examples=[["vim", "nano"]])
     """Uids of labels: no others are answered. Of what was retrieved; scores stay what they are."""
@@ -150,7 +156,7 @@ class PredictReply(BaseModel):
     missing_shards: list[int]
     """Shards whose keys these answers do not know: empty unless `allow_partial` was set."""
     milliseconds: dict[str, float]
-    """Time in each stage: queue, encode, search, aggregate, total."""
+    """Time in each stage: queue, encode, search (the slowest shard), merge, aggregate, total."""
 
 
 class LabelReply(BaseModel):
@@ -190,6 +196,8 @@ class MemoryReply(BaseModel):
     """Of the snapshot, by part."""
     defaults: dict[str, object]
     """λ, temperature, neighbours and k where a request leaves them out."""
+    limits: Limits
+    """What a request may ask for."""
 
 
 class Status(BaseModel):

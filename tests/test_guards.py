@@ -1,0 +1,160 @@
+"""What stands before the API: tokens, and bounds on what comes in. The real middleware, around a small application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from raexmc_ray.serve.guard import Guard, Tokens, is_loopback, refuse_open_door
+from raexmc_ray.serve.schema import Limits, ServeSettings
+
+OLD, NEW = "old-token-0123456789", "new-token-9876543210"
+
+
+async def _read(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(str(len(await request.body())))
+
+
+async def _slow(request: Request) -> PlainTextResponse:
+    await asyncio.sleep(0.2)
+    return PlainTextResponse("done")
+
+
+def client(limits: Limits, tokens: Tokens) -> httpx.AsyncClient:
+    routes = [Route("/v1/predict", _read, methods=["POST"]), Route("/v1/slow", _slow), Route("/v1/health", _slow)]
+    app = Guard(Starlette(routes=routes), limits, tokens, lambda *_: None)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+def test_tokens_can_be_rotated_in_a_file_that_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raexmc_ray.serve.guard.REREAD_S", 0.0)
+    file = tmp_path / "tokens"
+    file.write_text(f"# ours\n{OLD}\n")
+
+    def write(text: str, at: int) -> None:
+        file.write_text(text)
+        os.utime(file, (at, at))
+
+    async def run() -> None:
+        async with client(Limits(), Tokens(str(file))) as http:
+
+            async def status(headers: dict[str, str]) -> int:
+                return (await http.get("/v1/slow", headers=headers)).status_code
+
+            assert [await status(bearer(OLD)), await status(bearer(NEW)), await status({})] == [200, 401, 401]
+            write(f"{OLD}\n{NEW}\n", 1)
+            assert [await status(bearer(OLD)), await status(bearer(NEW))] == [200, 200]
+            write(f"{NEW}\n", 2)
+            assert [await status(bearer(OLD)), await status(bearer(NEW))] == [401, 200]
+            write("short\n", 3)  # a mistake locks nobody out
+            assert [await status(bearer(OLD)), await status(bearer(NEW))] == [401, 200]
+            refused = await http.get("/v1/slow", headers={"authorization": f"Basic {NEW}"})
+            assert refused.status_code == 401
+            assert refused.headers["www-authenticate"] == "Bearer"
+            assert NEW not in refused.text
+            assert (await http.get("/v1/health")).status_code == 200, "a load balancer has no token"
+
+    asyncio.run(run())
+
+
+def test_tokens_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAEXMC_TOKENS", f"{OLD},{NEW}")
+    tokens = Tokens(None)
+    assert tokens
+    assert tokens.find(f"Bearer {OLD}".encode()) != tokens.find(f"bearer {NEW}".encode()) is not None
+    assert tokens.find(b"Bearer ") is None
+    assert tokens.find("Bearer ü".encode("latin-1")) is None
+    monkeypatch.setenv("RAEXMC_TOKENS", "short")
+    with pytest.raises(ValueError, match=r"RAEXMC_TOKENS: token 1 must have 16 .*openssl"):
+        Tokens(None)
+
+
+def test_an_open_door_is_refused(tmp_path: Path) -> None:
+    settings, none = ServeSettings(memory="m"), Tokens(None)
+    for host in ("0.0.0.0", None, "10.0.0.1", "::", "example.org"):
+        assert not is_loopback(host)
+        with pytest.raises(ValueError, match="tokens_file"):
+            refuse_open_door(settings, none, host)
+        refuse_open_door(ServeSettings(memory="m", anonymous_access=True), none, host)
+        (tmp_path / "tokens").write_text(OLD)
+        refuse_open_door(settings, Tokens(str(tmp_path / "tokens")), host)
+    for host in ("127.0.0.1", "localhost", "::1"):
+        refuse_open_door(settings, none, host)
+
+
+def test_bodies_are_bounded_whether_they_say_their_length_or_not() -> None:
+    async def chunks(size: int) -> AsyncIterator[bytes]:
+        for _ in range(size // 1024):
+            yield b"x" * 1024
+
+    async def run() -> None:
+        async with client(Limits(body_bytes=4096), Tokens(None)) as http:
+            assert (await http.post("/v1/predict", content=b"x" * 4096)).text == "4096"
+            assert (await http.post("/v1/predict", content=chunks(4096))).text == "4096"
+            for body in (b"x" * 4097, chunks(8192)):
+                reply = await http.post("/v1/predict", content=body)
+                assert reply.status_code == 413
+                assert reply.headers["content-type"] == "application/problem+json"
+                assert "4,096" in reply.json()["detail"]
+
+    asyncio.run(run())
+
+
+def test_too_many_at_a_time_are_told_to_come_again() -> None:
+    async def run() -> None:
+        async with client(Limits(concurrent_requests=3), Tokens(None)) as http:
+            started = time.perf_counter()
+            replies = await asyncio.gather(*(http.get("/v1/slow") for _ in range(5)), http.get("/v1/health"))
+            assert sorted(reply.status_code for reply in replies[:5]) == [200, 200, 200, 503, 503]
+            assert replies[5].status_code == 200, "health answers however much there is to do"
+            assert {reply.headers["retry-after"] for reply in replies if reply.status_code == 503} == {"1"}
+            assert time.perf_counter() - started < 10, "nothing waits for ever"
+            assert (await http.get("/v1/slow")).status_code == 200, "places come free again"
+
+    asyncio.run(run())
+
+
+def test_each_token_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAEXMC_TOKENS", f"{OLD},{NEW}")
+
+    async def run() -> None:
+        async with client(Limits(requests_per_second=2), Tokens(None)) as http:
+            calls = [http.post("/v1/predict", headers=bearer(token)) for token in (OLD, OLD, OLD, NEW)]
+            replies = await asyncio.gather(*calls)
+            assert [reply.status_code for reply in replies] == [200, 200, 429, 200]
+            assert replies[2].headers["retry-after"] == "1"
+            await asyncio.sleep(1.1)
+            assert (await http.post("/v1/predict", headers=bearer(OLD))).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_the_access_log_follows_a_request_and_has_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with client(Limits(body_bytes=2048), Tokens(None)) as http:
+            await http.post("/v1/predict?secret=1", content=b"secret", headers={"x-request-id": "abc-123"})
+            await http.post("/v1/predict", content=b"x" * 4096, headers={"x-request-id": 'forged", "status": 200'})
+
+    with caplog.at_level(logging.INFO, logger="ray.serve.access"):
+        asyncio.run(run())
+    first, second = [json.loads(record.message) for record in caplog.records]
+    assert (first["request"], first["path"], first["status"]) == ("abc-123", "/v1/predict", 200)
+    assert first["ms"] >= 0
+    assert (second["request"], second["status"]) == ('forged", "status": 200', 413)
+    assert "secret" not in caplog.text
