@@ -1,0 +1,48 @@
+"""Our deployments and the calls between them, which do nothing: what Ray Serve itself takes."""
+
+import asyncio
+import sys
+import threading
+from typing import Any
+
+import ray
+from fastapi import FastAPI, Request
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.handle import DeploymentHandle
+
+api = FastAPI()
+
+
+@serve.deployment(max_ongoing_requests=1024)
+class Nothing:
+    async def work(self, texts: list[str]) -> int:
+        return len(texts)
+
+
+@serve.deployment(max_ongoing_requests=8192)
+@serve.ingress(api)
+class Ingress:
+    def __init__(self, encoder: DeploymentHandle[Any], *shards: DeploymentHandle[Any]) -> None:
+        self._encoder, self._shards = encoder, shards
+
+    @api.get("/v1/ready")
+    async def ready(self) -> dict[str, str]:
+        return {"status": "ready"}
+
+    @api.post("/v1/predict")
+    async def predict(self, request: Request) -> dict[str, int]:
+        texts = (await request.json())["texts"]
+        await self._encoder.work.remote(texts)
+        return {"found": sum(await asyncio.gather(*(shard.work.remote(texts) for shard in self._shards)))}
+
+
+if __name__ == "__main__":
+    shards, port = map(int, sys.argv[1:])
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options=HTTPOptions(port=port))
+    small = {"num_cpus": 0.1}
+    parts = [Nothing.options(name=f"Nothing-{i}", ray_actor_options=small).bind() for i in range(shards)]  # type: ignore[attr-defined]
+    encoder = Nothing.options(name="Encoder", ray_actor_options=small).bind()  # type: ignore[attr-defined]
+    serve.run(Ingress.options(ray_actor_options=small).bind(encoder, *parts))  # type: ignore[attr-defined]
+    threading.Event().wait()

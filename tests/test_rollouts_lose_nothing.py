@@ -1,0 +1,107 @@
+"""Roll-outs under load: no failed request, and every answer is exactly that of the one snapshot that it names."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import free_port, kill_rounds
+from helpers import MODEL
+from load import Answers, Load
+
+import raexmc_ray
+from raexmc_ray.client import Client
+from raexmc_ray.corpus import read_corpus
+from raexmc_ray.embed import stage_encoder
+from raexmc_ray.files import Folder
+from raexmc_ray.memory.build import build
+from raexmc_ray.memory.snapshot import SnapshotError
+from raexmc_ray.recipe import Recipe
+from raexmc_ray.serve.run import rollback, rollout, serving
+from raexmc_ray.serve.schema import ServeSettings
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
+TEXTS = 10
+
+
+@pytest.fixture(scope="module")
+def memory(tiny_run: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A memory with two snapshots, of a trained and an untrained encoder; the trained one is current."""
+    storage = tmp_path_factory.mktemp("two")
+    shutil.copytree(f"{tiny_run.cluster.storage}/memory", storage / "memory")
+    first = (storage / "memory/CURRENT").read_text()
+    cluster = tiny_run.cluster.model_copy(update={"storage": str(storage)})
+    recipe = tiny_run.model_copy(update={"cluster": cluster})
+    build(recipe, read_corpus(recipe.corpus.path), stage_encoder(Folder.at(storage), MODEL, recipe.encoder))
+    assert (storage / "memory/CURRENT").read_text() != first
+    (storage / "memory/CURRENT").write_text(first)
+    return storage / "memory"
+
+
+@pytest.fixture(scope="module")
+def names(memory: Path) -> tuple[str, str]:
+    """The snapshots: the current one, and the other."""
+    current = (memory / "CURRENT").read_text().strip()
+    (other,) = {path.name for path in (memory / "snapshots").iterdir()} - {current}
+    return current, other
+
+
+@pytest.fixture(scope="module")
+def expected(memory: Path, names: tuple[str, str], tiny_texts: list[str]) -> Answers:
+    return {name: raexmc_ray.open(memory, name).predict(tiny_texts[:TEXTS], evidence=1) for name in names}
+
+
+@pytest.fixture
+def url(memory: Path, names: tuple[str, str]) -> Iterator[str]:
+    (memory / "CURRENT").write_text(names[0] + "\n")
+    with serving(ServeSettings(memory=str(memory)), port=free_port()) as url:
+        yield url
+
+
+def test_back_and_forth_under_load(url: str, names: tuple[str, str], tiny_texts: list[str], expected: Answers) -> None:
+    assert [label.uid for label in expected[names[0]][0]] != [label.uid for label in expected[names[1]][0]]
+    with Load(url, tiny_texts[:TEXTS], expected) as load:
+        for number in kill_rounds("rollouts", short=3, soak=50):
+            before, after = names[number % 2], names[1 - number % 2]
+            load.wait_for(20)
+            assert rollout(after) == (before, after)
+            load.snapshots.clear()
+            load.wait_for(20)
+            assert after in load.snapshots
+    assert load.wrong == []
+    assert load.errors == load.broken == []
+
+
+def test_rollback_goes_to_the_one_before_and_makes_it_current(url: str, memory: Path, names: tuple[str, str]) -> None:
+    with Client(url) as client:
+        with pytest.raises(ValueError, match="has not been rolled out"):
+            rollback()
+        assert rollout(names[1]) == names
+        assert client.memory().snapshot == names[1]
+        (memory / "CURRENT").write_text(names[1] + "\n")
+        assert rollback() == names[::-1]
+        assert client.memory().snapshot == names[0]
+        assert (memory / "CURRENT").read_text().strip() == names[0]
+        assert rollout() == (names[0], names[0]), "the current one, where none is named"
+
+
+def test_a_damaged_snapshot_changes_nothing(
+    url: str, memory: Path, names: tuple[str, str], tiny_texts: list[str], expected: Answers
+) -> None:
+    damaged = next((memory / "snapshots" / names[1]).rglob("index.faiss"))
+    content = damaged.read_bytes()
+    with Load(url, tiny_texts[:TEXTS], expected) as load:
+        load.wait_for(5)
+        try:
+            damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            with pytest.raises(SnapshotError, match=str(damaged)):
+                rollout(names[1])
+            with pytest.raises((SnapshotError, FileNotFoundError), match="no-such"):
+                rollout("no-such")
+        finally:
+            damaged.write_bytes(content)
+        load.wait_for(20)
+    assert load.snapshots == {names[0]}
+    assert load.wrong == load.errors == load.broken == []

@@ -1,0 +1,139 @@
+"""Processes of the application are killed under load: answers are right, or errors that say what happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from conftest import free_port, kill_rounds
+from load import Answers, Load
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.util.state import get_actor
+
+import raexmc_ray
+from raexmc_ray.client import ApiError, Client
+from raexmc_ray.recipe import Recipe
+from raexmc_ray.serve.run import APPLICATION, serving
+from raexmc_ray.serve.schema import ServeSettings
+
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(3600)]
+TEXTS, SHARD_TIMEOUT_S = 10, 4.0
+
+
+@pytest.fixture(scope="module")
+def url(tiny_run: Recipe) -> Iterator[str]:
+    settings = ServeSettings(
+        memory=f"{tiny_run.cluster.storage}/memory",
+        shard_replicas=2,
+        encoder_cpus=0.5,
+        shard_timeout_s=SHARD_TIMEOUT_S,
+    )
+    with serving(settings, port=free_port()) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_run: Recipe, tiny_texts: list[str]) -> Answers:
+    memory = raexmc_ray.open(f"{tiny_run.cluster.storage}/memory")
+    return {memory.manifest.id: memory.predict(tiny_texts[:TEXTS], evidence=1)}
+
+
+def processes(deployment: str) -> list[int]:
+    """Of the replicas that run, or of the controller."""
+    dashboard = f"http://{ray.init(ignore_reinit_error=True).dashboard_url}"
+    found: dict[str, Any] = ServeSubmissionClient(dashboard).get_serve_details()
+    if deployment == "controller":
+        actor = get_actor(found["controller_info"]["actor_id"], address=dashboard)
+        return [actor.pid] if actor and actor.state == "ALIVE" else []
+    replicas = found["applications"][APPLICATION]["deployments"][deployment]["replicas"]
+    return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
+
+
+def wait_until_whole(deployment: str, number: int, killed: int) -> None:
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends:
+        try:
+            running = processes(deployment)
+        except Exception:  # the controller is away
+            running = []
+        if len(running) == number and killed not in running:
+            return
+        time.sleep(0.2)
+    pytest.fail(f"{deployment} did not come back")
+
+
+def kill_under_load(url: str, texts: list[str], expected: Answers, deployment: str, rounds: Iterator[int]) -> Load:
+    rng = random.Random(deployment)
+    with Load(url, texts, expected) as load:
+        for _ in rounds:
+            load.wait_for(10)
+            running = processes(deployment)
+            time.sleep(rng.random() / 2)
+            victim = rng.choice(running)
+            os.kill(victim, signal.SIGKILL)
+            wait_until_whole(deployment, len(running), victim)
+            load.wait_for(10)
+    assert load.wrong == []
+    return load
+
+
+def test_nobody_notices_that_a_shard_replica_is_lost(url: str, tiny_texts: list[str], expected: Answers) -> None:
+    rounds = kill_rounds("serving_shard", short=2, soak=10)
+    load = kill_under_load(url, tiny_texts[:TEXTS], expected, "MemoryShard-1", rounds)
+    assert load.errors == load.broken == []
+
+
+def test_a_lost_encoder_is_an_error_that_says_so(url: str, tiny_texts: list[str], expected: Answers) -> None:
+    load = kill_under_load(url, tiny_texts[:TEXTS], expected, "Encoder", kill_rounds("serving_encoder", 1, 10))
+    assert load.broken == []
+
+
+def test_the_controller_is_not_missed(url: str, tiny_texts: list[str], expected: Answers) -> None:
+    load = kill_under_load(url, tiny_texts[:TEXTS], expected, "controller", kill_rounds("serving_controller", 1, 10))
+    assert load.errors == load.broken == []
+
+
+def test_after_a_lost_ingress_answers_are_right_again(url: str, tiny_texts: list[str], expected: Answers) -> None:
+    load = kill_under_load(url, tiny_texts[:TEXTS], expected, "Ingress", kill_rounds("serving_ingress", 1, 10))
+    assert all("Traceback" not in said for said in load.broken), "Serve's proxy answers for it: in its own words"
+
+
+def test_a_missing_shard_is_named_or_left_out_where_that_is_allowed(
+    url: str, tiny_run: Recipe, tiny_texts: list[str]
+) -> None:
+    """All replicas of a shard are stopped: they neither answer nor die, so that nobody restarts them."""
+    shards = raexmc_ray.open(f"{tiny_run.cluster.storage}/memory").manifest.shards
+    with Client(url) as client:
+        whole = client.predict(tiny_texts[:1], evidence=100)
+        stopped = processes("MemoryShard-2")
+        for process in stopped:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            with pytest.raises(ApiError, match=r"503 .*no answer from shard 2: .*allow_partial") as caught:
+                client.predict(tiny_texts[:1])
+            assert time.monotonic() - started < 2 * SHARD_TIMEOUT_S
+            assert caught.value.problem.missing_shards == [2]
+            assert caught.value.retry_after_s
+            partial = client.predict(tiny_texts[:1], evidence=100, allow_partial=True)
+            assert partial.missing_shards == [2]
+            votes = [vote for label in partial.answers[0].labels for vote in label.evidence or []]
+            assert votes
+            assert all(vote.key_id % shards != 2 for vote in votes)
+        finally:
+            for process in stopped:
+                os.kill(process, signal.SIGCONT)
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            try:
+                if client.predict(tiny_texts[:1], evidence=100).answers == whole.answers:
+                    return
+            except ApiError:
+                time.sleep(0.2)
+        pytest.fail("the shard did not come back")
