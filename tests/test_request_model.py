@@ -1,0 +1,101 @@
+"""The request model takes exactly what its JSON schema describes, and its round trip changes nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jsonschema
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from raexmc_ray.client import _body
+from raexmc_ray.serve.schema import PredictRequest
+
+VALIDATOR = jsonschema.Draft202012Validator(PredictRequest.model_json_schema())
+scalars = st.none() | st.booleans() | st.integers(-2, 20_000) | st.floats(-2, 200) | st.text(max_size=5)
+texts = st.lists(st.text(max_size=8) | st.just("vim"), max_size=4)
+neighbours = st.dictionaries(st.sampled_from(["joint", "instances", "labels", "x"]), scalars, max_size=3)
+requests = st.fixed_dictionaries(
+    {"texts": texts | scalars},
+    optional={
+        "k": scalars,
+        "lambda": scalars,
+        "temperature": scalars,
+        "neighbours": neighbours | scalars,
+        "evidence": scalars,
+        "labels_allowed": texts | scalars,
+        "labels_blocked": texts | scalars,
+        "allow_partial": scalars,
+        "x": scalars,
+    },
+)
+valid_requests = st.fixed_dictionaries(
+    {"texts": st.lists(st.text(min_size=1, max_size=8).map(lambda text: text + "x"), min_size=1, max_size=4)},
+    optional={
+        "k": st.none() | st.integers(1, 1000) | st.integers(1, 9).map(float),
+        "lambda": st.none() | st.floats(0, 1) | st.integers(0, 1),
+        "temperature": st.none() | st.floats(1e-4, 100),
+        "neighbours": st.none()
+        | st.fixed_dictionaries({"joint": st.integers(1, 16384)})
+        | st.fixed_dictionaries({"instances": st.integers(1, 16384)}, optional={"labels": st.integers(0, 16384)}),
+        "evidence": st.integers(0, 100),
+        "labels_allowed": st.none() | st.lists(st.text(min_size=1, max_size=5), max_size=3),
+        "allow_partial": st.booleans(),
+    },
+)
+
+
+def accepts(content: dict[str, Any]) -> bool:
+    try:
+        PredictRequest.model_validate(content)
+    except ValidationError:
+        return False
+    return True
+
+
+@settings(max_examples=1000, deadline=None)
+@given(requests)
+def test_it_takes_what_its_schema_describes(content: dict[str, Any]) -> None:
+    assert accepts(content) == VALIDATOR.is_valid(content)
+
+
+@settings(max_examples=300, deadline=None)
+@given(valid_requests)
+def test_a_request_survives_its_way_over_the_wire(content: dict[str, Any]) -> None:
+    assert VALIDATOR.is_valid(content)
+    request = PredictRequest.model_validate(content)
+    wire = request.model_dump_json(by_alias=True, exclude_none=True)
+    assert PredictRequest.model_validate_json(wire) == request
+    assert PredictRequest.model_validate(request.model_dump(by_alias=True)) == request
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        assert not accepts({"texts": ["x"], "temperature": value})
+        assert not accepts({"texts": ["x"], "lambda": value})
+
+
+def test_every_field_and_error_is_described_with_an_example() -> None:
+    schema = PredictRequest.model_json_schema()
+    for model in (schema, *(schema["$defs"].values())):
+        for name, field in model["properties"].items():
+            assert field.get("description"), name
+            assert field.get("examples") or field.get("type") == "boolean", name
+
+
+def test_the_client_sends_what_the_model_takes() -> None:
+    body = _body(["x"], 3, 0.5, 0.1, 20, 2, ["a"], None, True)
+    assert PredictRequest.model_validate_json(body) == PredictRequest.model_validate(
+        {
+            "texts": ["x"],
+            "k": 3,
+            "lambda": 0.5,
+            "temperature": 0.1,
+            "neighbours": {"joint": 20},
+            "evidence": 2,
+            "labels_allowed": ["a"],
+            "allow_partial": True,
+        }
+    )
