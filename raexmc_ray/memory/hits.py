@@ -124,19 +124,19 @@ def merge_hits(parts: Sequence[Hits], neighbours: Neighbours) -> Hits:
         apart = [best_cells(scores, key_ids, found & ~is_label, instances)]
         apart.append(best_cells(scores, key_ids, found & is_label, labels))
         best = np.sort(np.concatenate(apart))
-    row, cell = np.divmod(best, key_ids.shape[1]) if key_ids.shape[1] else (best, best)
-    key_ids, scores, is_label = key_ids[row, cell], scores[row, cell], is_label[row, cell]
-    order = np.lexsort((key_ids, -scores, row))
-    row, cell, key_ids, scores, is_label = (a[order] for a in (row, cell, key_ids, scores, is_label))
-    rank = rank_in_row(row)
-
-    B = len(parts[0].key_ids_Bb)
-    keys_Bb, scores_Bb = np.full((B, width), -1, np.int64), np.full((B, width), -np.inf, np.float32)
+    B, W = key_ids.shape
+    keys_Bb, scores_Bb = np.full((B, width), np.iinfo(np.int64).max), np.full((B, width), -np.inf, np.float32)
+    cells_Bb, lengths_Bb = np.full((B, width), -1, np.int64), np.zeros((B, width), np.int64)
+    row = best // max(1, W)
+    place = row, rank_in_row(row)
+    cells_Bb[place], keys_Bb[place], scores_Bb[place] = best, key_ids.ravel()[best], scores.ravel()[best]
+    order_Bb = np.lexsort((keys_Bb, -scores_Bb))  # row by row: what is missing comes last
+    cells_Bb, keys_Bb, scores_Bb = (np.take_along_axis(a, order_Bb, 1) for a in (cells_Bb, keys_Bb, scores_Bb))
+    there_Bb = cells_Bb >= 0
+    keys_Bb[~there_Bb] = -1
     is_label_Bb = np.zeros((B, width), bool)
-    keys_Bb[row, rank], scores_Bb[row, rank], is_label_Bb[row, rank] = key_ids, scores, is_label
-    votes, lengths = _votes_of(parts, row, cell)
-    lengths_Bb = np.zeros(B * width, np.int64)
-    lengths_Bb[row * width + rank] = lengths
+    is_label_Bb[there_Bb] = is_label.ravel()[cells_Bb[there_Bb]]
+    votes, lengths_Bb[there_Bb] = _votes_of(parts, *np.divmod(cells_Bb[there_Bb], max(1, W)))
     offsets = np.concatenate([[0], np.cumsum(lengths_Bb)])
     return Hits(keys_Bb, scores_Bb, is_label_Bb, votes, offsets, parts[0].snapshot)
 
@@ -177,4 +177,4 @@ def _votes_of(parts: Sequence[Hits], row: np.ndarray, cell: np.ndarray) -> tuple
         starts[mine] = part.vote_offsets[places] + first_vote[i]
         lengths[mine] = part.vote_offsets[places + 1] - part.vote_offsets[places]
     votes = np.concatenate([part.votes for part in parts]) if len(parts) > 1 else parts[0].votes
-    return votes[ragged_places(starts, lengths)], lengths
+    return np.take(votes, ragged_places(starts, lengths), mode="clip"), lengths
