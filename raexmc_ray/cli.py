@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,6 +191,9 @@ def serve(
     anonymous_access: Annotated[
         bool, typer.Option(help="Answer anyone who reaches the port, without a token.")
     ] = False,
+    encoder_cpus: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the encoder; those of the machine, four at most, if left out.")
+    ] = None,
     shard_replicas: Annotated[int, typer.Option(min=1, help="Replicas of each shard.")] = 1,
 ) -> None:
     """Answer over HTTP until Ctrl-C, with a page to try it. On a cluster: `serve deploy serve_configs/cluster.yaml`."""
@@ -202,6 +206,7 @@ def serve(
             "memory": memory,
             "tokens_file": tokens_file,
             "anonymous_access": anonymous_access,
+            "encoder_cpus": encoder_cpus or min(4, os.cpu_count() or 1),
             "shard_replicas": shard_replicas,
         }
     )

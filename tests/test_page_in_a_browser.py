@@ -95,7 +95,7 @@ def test_it_answers_says_why_and_follows_the_sliders(guarded: str, browser: Brow
     expect(page.locator("#answer:not(.old)")).to_be_visible()
     widths = page.locator(".bar .instance").evaluate_all("parts => parts.map((part) => part.offsetWidth)")
     assert set(widths) == {0}
-    page.get_by_role("button", name="Back to this memory's settings").click()
+    page.get_by_role("button", name="Back to the defaults").click()
     expect(page.locator(".score").first).to_have_text(scores[0])
     expect(first.locator(".votes")).to_be_visible()  # what was opened stays open
 
@@ -112,6 +112,9 @@ def test_it_fits_a_phone(guarded: str, browser: Browser) -> None:
     page, complaints = opened(browser, guarded, PHONE)
     page.get_by_label("Which labels fit this text?").fill(TEXT)
     expect(page.locator("#answer > li")).to_have_count(10)
+    expect(page.get_by_label("Temperature")).to_be_hidden()  # the answer comes first
+    page.get_by_text("How the answer is made").click()
+    expect(page.get_by_label("Temperature")).to_be_visible()
     page.locator("#answer summary").first.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], "nothing sticks out"
     sizes = page.locator("button:visible, select:visible, summary").evaluate_all(

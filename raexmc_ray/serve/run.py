@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ def rollback(application: str = APPLICATION) -> tuple[str, str]:
 
 
 def _client() -> ServeSubmissionClient:
-    url = ray.init(ignore_reinit_error=True).dashboard_url
+    url = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url
     if not url:
         raise DeploymentFailedError("this cluster has no dashboard, which Serve is deployed through")
     return ServeSubmissionClient(f"http://{url}")
