@@ -32,8 +32,9 @@ demo: $(INSTALLED) ## The whole main job on a real corpus: train, embed, build, 
 test: $(INSTALLED) ## The whole test suite
 	@exec $(BIN)/python -m pytest
 
-soak: $(INSTALLED) ## Twenty rounds of each kill test of the memory; results in benchmarks/results
-	@RAEXMC_SOAK=1 $(BIN)/python -m pytest tests/test_memory_survives_kills.py --timeout 7200
+soak: $(INSTALLED) ## All rounds of each kill, roll-out and fuzz test; results in benchmarks/results
+	@RAEXMC_SOAK=1 $(BIN)/python -m pytest --timeout 7200 tests/test_memory_survives_kills.py \
+	  tests/test_serving_survives_kills.py tests/test_rollouts_lose_nothing.py tests/test_serving_over_http.py
 
 check: $(INSTALLED) ## Lint, format and type checks
 	$(BIN)/ruff check .

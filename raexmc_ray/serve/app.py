@@ -55,6 +55,11 @@ def build_app(settings: ServeSettings) -> Application:
         for shard in range(manifest.shards)
     ]
     ingress = Ingress.options(  # type: ignore[attr-defined]  # serve.deployment's
-        num_replicas=settings.ingress_replicas, ray_actor_options={"num_cpus": 0.1}, **common
+        num_replicas=settings.ingress_replicas,
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=settings.limits.concurrent_requests,
+        max_queued_requests=settings.limits.concurrent_requests,
+        backpressure_config={"status_code": 503, "retry_after_s": 1},
+        **common,
     )
     return ingress.bind(settings, memory, encoder, *shards)

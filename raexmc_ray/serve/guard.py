@@ -101,14 +101,14 @@ def refuse_open_door(settings: ServeSettings, tokens: Tokens, host: str | None) 
 class Guard:
     """ASGI middleware: gives each request an id, refuses what must not come in, and writes the access log.
 
-    In this order: too many at a time (503), no valid token (401), too many a second (429), too large a body (413).
+    In this order: no valid token (401), too many a second (429), too large a body (413). That there are not too many
+    at a time is seen to by Serve's proxy (`build_app`), which can refuse before it hands anything over.
     """
 
     def __init__(
         self, app: ASGIApp, limits: Limits, tokens: Tokens, answered: Callable[[str, int, float], None]
     ) -> None:
         self._app, self._limits, self._tokens, self._answered = app, limits, tokens, answered
-        self._running = 0
         self._rate = RateLimitItemPerSecond(limits.requests_per_second) if limits.requests_per_second else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
@@ -135,7 +135,6 @@ class Guard:
             if not body.too_large or "status" in entry:  # frameworks make answers of their own of our exception
                 await answer(message)
 
-        self._running += 1
         try:
             refusal = self._refuse(scope["path"], headers)
             if refusal:
@@ -146,7 +145,6 @@ class Guard:
                 if body.too_large and "status" not in entry:
                     await send_problem(answer, *self._too_large(), request_id)
         finally:
-            self._running -= 1
             seconds = time.perf_counter() - started
             entry["ms"] = round(1000 * seconds, 2)
             self._answered(scope["path"], entry.get("status", CLIENT_GONE), seconds)
@@ -155,11 +153,6 @@ class Guard:
     def _refuse(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str, str, dict[str, str]] | None:
         """(status, title, detail, headers) of the refusal, or None."""
         limits = self._limits
-        if path == "/v1/health":
-            return None
-        if self._running > limits.concurrent_requests:
-            detail = f"{limits.concurrent_requests} requests are being answered; come again"
-            return 503, "Busy", detail, {"Retry-After": "1"}
         caller: str | None = "anyone"
         if self._tokens and path not in OPEN_PATHS:
             caller = self._tokens.find(headers.get(b"authorization", b""))

@@ -29,7 +29,7 @@ from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours, PredictionSection
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
-from raexmc_ray.serve.deployments import MAX_BATCH_TEXTS, MAX_ONGOING
+from raexmc_ray.serve.deployments import MAX_BATCH_TEXTS
 from raexmc_ray.serve.errors import MissingShardsError, RequestError, UnknownLabelError
 from raexmc_ray.serve.guard import Tokens, refuse_open_door
 from raexmc_ray.serve.metrics import IngressMetrics
@@ -107,7 +107,7 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
 
-@serve.deployment(max_ongoing_requests=8 * MAX_ONGOING)
+@serve.deployment
 @serve.ingress()
 class Ingress:
     """The HTTP API under /v1, and the page."""

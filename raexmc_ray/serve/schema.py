@@ -26,7 +26,8 @@ class Limits(BaseModel):
     neighbours: int = Field(2000, ge=1, le=MAX_NEIGHBOURS)
     """Keys retrieved for a text."""
     concurrent_requests: int = Field(128, ge=1)
-    """Requests that an ingress replica works on at a time; the next one is told to come again (503)."""
+    """Requests that an ingress replica works on at a time. As many may wait at each of Serve's proxies; the next one is
+    told to come again (503, with Retry-After)."""
     requests_per_second: int | None = Field(None, ge=1)
     """Requests of one token (of everyone, where there are no tokens) that an ingress replica takes (429 beyond)."""
 
