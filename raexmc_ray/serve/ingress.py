@@ -25,7 +25,7 @@ from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, asked_of_a_shard
 from raexmc_ray.memory.index import CoarseQuantizer, Lists
 from raexmc_ray.memory.shard import join_keys
 from raexmc_ray.memory.snapshot import LABELS, Manifest, open_snapshot
-from raexmc_ray.predict import aggregate, vote_evidence
+from raexmc_ray.predict import Predictions, aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours, PredictionSection
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
@@ -258,11 +258,13 @@ class Ingress:
         """The answers for the texts of `query`, and of those that ask for the same."""
         settings, table = query.settings, query.view.labels.table
         weights: dict[str, Any] = {"lambda_": settings.lambda_, "temperature": settings.temperature}
-        predictions = await asyncio.to_thread(
-            aggregate, hits, **weights, k=settings.k, allowed=query.allowed, blocked=query.blocked
-        )
+
+        def predict() -> Predictions:
+            return aggregate(hits, **weights, k=settings.k, allowed=query.allowed, blocked=query.blocked)
+
         if not query.evidence:
-            return await asyncio.to_thread(make_answers, predictions, table)
+            return await asyncio.to_thread(lambda: make_answers(predict(), table))
+        predictions = await asyncio.to_thread(predict)
         evidence = await asyncio.to_thread(vote_evidence, hits, predictions, **weights, keys=query.evidence)
         keys = await self._keys(query.view.manifest.id, evidence.key_ids, deadline)
         return await asyncio.to_thread(make_answers, predictions, table, evidence, keys)
