@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from raexmc_ray.predict import Evidence, Predictions
 
@@ -16,14 +16,14 @@ class KeyVote(BaseModel):
     """A key of the memory that voted for a label."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-    key_id: int
-    kind: str
-    """`instance` or `label`."""
-    uid: str
-    text: str
-    similarity: float
+    key_id: int = Field(examples=[27048])
+    kind: Literal["instance", "label"]
+    """Whose key it is."""
+    uid: str = Field(examples=["vim-common"])
+    text: str = Field(examples=["vim-common: Vi IMproved - Common files"])
+    similarity: float = Field(examples=[0.88])
     """Cosine of the text and the key, in [−1, 1]."""
-    share: float
+    share: float = Field(examples=[0.25])
     """The part of the label's score that this key gave, in (0, 1]."""
 
 
@@ -31,15 +31,15 @@ class ScoredLabel(BaseModel):
     """A label that fits a text."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-    label: int
+    label: int = Field(examples=[15251])
     """Index of the label in its corpus."""
-    uid: str
-    text: str
-    score: float
+    uid: str = Field(examples=["vim"])
+    text: str = Field(examples=["vim: Vi IMproved - enhanced vi editor"])
+    score: float = Field(examples=[0.126])
     """p̂ of the label, in (0, 1]."""
     evidence: list[KeyVote] | None = None
     """The keys that voted for it most, if asked for."""
-    label_share: float | None = None
+    label_share: float | None = Field(None, examples=[0.55])
     """With evidence: the part of the score that the label's own key gave, in [0, 1]; instances gave the rest."""
 
 

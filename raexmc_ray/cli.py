@@ -198,6 +198,7 @@ def serve(
 ) -> None:
     """Answer over HTTP until Ctrl-C, with a page to try it. On a cluster: `serve deploy serve_configs/cluster.yaml`."""
     from raexmc_ray.cluster import connected
+    from raexmc_ray.serve.gate import CALLBACK, REQUESTS
     from raexmc_ray.serve.run import serving
     from raexmc_ray.serve.schema import ServeSettings
 
@@ -210,6 +211,7 @@ def serve(
             "shard_replicas": shard_replicas,
         }
     )
+    os.environ |= {**CALLBACK, REQUESTS: str(settings.limits.concurrent_requests)}  # a cluster that is started has them
     with connected(dashboard=True), serving(settings, host=host, port=port) as url:
         console.print(
             f"{url} has the page, {url}/v1 the API, {url}/openapi.json its description; Ctrl-C ends it", soft_wrap=True

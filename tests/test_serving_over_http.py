@@ -207,6 +207,19 @@ def test_random_bodies_never_break_it(served: str) -> None:
             assert "/raexmc_ray/" not in reply.text
 
 
+def test_every_field_and_error_has_an_example(served: str) -> None:
+    document = httpx.get(f"{served}/openapi.json", timeout=60).json()
+    for name, model in document["components"]["schemas"].items():
+        for field, schema in model.get("properties", {}).items():
+            plain = schema.get("type") in ("string", "integer", "number") or "anyOf" in schema
+            told = {"examples", "example", "default", "enum"} & set(schema)
+            assert told or not plain or "$ref" in str(schema), f"{name}.{field}"
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                assert status == "200" or response["content"]["application/problem+json"]["example"], (path, status)
+
+
 def test_the_openapi_document_holds(served: str) -> None:
     """schemathesis, all its checks: what the document promises is what the application does."""
     for operation in schemathesis.openapi.from_url(f"{served}/openapi.json").get_all_operations():
@@ -271,7 +284,9 @@ def test_a_flood_is_refused_and_not_queued(served: str, tiny_texts: list[str]) -
     assert len(refused) + len(answered) == len(replies) > 256
     assert len(answered) >= 128
     assert refused
-    assert {(error.problem.status, error.retry_after_s) for error in refused} == {(503, 1.0)}
+    assert {(error.problem.status, error.problem.title, error.retry_after_s) for error in refused} == {
+        (503, "Busy", 1.0)
+    }
     with Client(served) as client:
         client.predict(tiny_texts[:1])
 

@@ -34,6 +34,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve.api")
 
 
+EXAMPLES = {
+    400: ("Error", "There was an error parsing the body"),
+    401: ("Not authorised", "a valid token is missing: send the header `Authorization: Bearer TOKEN`"),
+    404: ("There is no such label", "no label of this memory has the uid 'vmi'"),
+    413: ("The body is too large", "the body has more than 8,388,608 bytes: send fewer texts at a time"),
+    422: ("The request is not valid", "k: Input should be less than or equal to 1000"),
+    429: ("Too many requests", "more than 100 requests a second; come again"),
+    503: ("A shard did not answer", str(MissingShardsError([2]))),
+}
+"""Of each status, a title and a detail."""
+
+
 def _errors(**said: str) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's account of the errors of a route: {"e404": what it means}."""
     both = {
@@ -43,8 +55,16 @@ def _errors(**said: str) -> dict[int | str, dict[str, Any]]:
         "e429": "Too many requests a second: come again after `Retry-After` seconds",
         "e503": "Busy, late, or a shard did not answer: there is no partial answer unless `allow_partial` asks for it",
     }
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {int(code[1:]): {"description": meaning, "content": content} for code, meaning in both.items()}
+    return {
+        int(code[1:]): {"description": meaning, "content": _content(int(code[1:]))} for code, meaning in both.items()
+    }
+
+
+def _content(status: int) -> dict[str, Any]:
+    """OpenAPI's account of a problem, with an example."""
+    title, detail = EXAMPLES[status]
+    example = Problem(title=title, status=status, detail=detail, request_id="6b1f8a4e").model_dump(exclude_none=True)
+    return {PROBLEM_TYPE.decode(): {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
 
 
 def make_api(ingress: Ingress, settings: ServeSettings, tokens: Tokens) -> FastAPI:

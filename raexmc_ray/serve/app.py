@@ -14,6 +14,10 @@ from raexmc_ray.serve.ingress import Ingress
 from raexmc_ray.serve.schema import ServeSettings
 
 
+SPARE = 16
+"""Places of an ingress beyond those that it is given, so that Serve's router, whose count lags behind, never waits."""
+
+
 def build_app(settings: ServeSettings) -> Application:
     """Ingress, encoder and one deployment per shard, all of one snapshot.
 
@@ -57,7 +61,7 @@ def build_app(settings: ServeSettings) -> Application:
     ingress = Ingress.options(  # type: ignore[attr-defined]  # serve.deployment's
         num_replicas=settings.ingress_replicas,
         ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=settings.limits.concurrent_requests,
+        max_ongoing_requests=settings.limits.concurrent_requests + SPARE,
         max_queued_requests=settings.limits.concurrent_requests,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
         **common,

@@ -102,7 +102,7 @@ class Guard:
     """ASGI middleware: gives each request an id, refuses what must not come in, and writes the access log.
 
     In this order: no valid token (401), too many a second (429), too large a body (413). That there are not too many
-    at a time is seen to by Serve's proxy (`build_app`), which can refuse before it hands anything over.
+    at a time is seen to in Serve's proxy (`gate.py`), which can refuse before it hands anything over.
     """
 
     def __init__(

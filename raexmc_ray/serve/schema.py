@@ -26,8 +26,8 @@ class Limits(BaseModel):
     neighbours: int = Field(2000, ge=1, le=MAX_NEIGHBOURS)
     """Keys retrieved for a text."""
     concurrent_requests: int = Field(128, ge=1)
-    """Requests that an ingress replica works on at a time. As many may wait at each of Serve's proxies; the next one is
-    told to come again (503, with Retry-After)."""
+    """Requests that an ingress replica works on at a time; the next one is told to come again (503, with Retry-After).
+    See `serve/gate.py`, which refuses them sooner and cheaper."""
     requests_per_second: int | None = Field(None, ge=1)
     """Requests of one token (of everyone, where there are no tokens) that an ingress replica takes (429 beyond)."""
 
@@ -151,12 +151,14 @@ class PredictReply(BaseModel):
     """The answers, in the order of the texts."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    snapshot: str
+    snapshot: str = Field(examples=["6aa265fcd29ffec7"])
     """The snapshot of the memory that every part of this answer comes from."""
     answers: list[TextAnswer]
-    missing_shards: list[int]
+    missing_shards: list[int] = Field(examples=[[]])
     """Shards whose keys these answers do not know: empty unless `allow_partial` was set."""
-    milliseconds: dict[str, float]
+    milliseconds: dict[str, float] = Field(
+        examples=[{"queue": 2.7, "encode": 11.0, "search": 21.2, "merge": 0.9, "aggregate": 1.1, "total": 38.0}]
+    )
     """Time in each stage: queue, encode, search (the slowest shard), merge, aggregate, total."""
 
 
@@ -164,17 +166,17 @@ class LabelReply(BaseModel):
     """A label of the memory."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    label: int
+    label: int = Field(examples=[15251])
     """Index of the label in its corpus."""
-    uid: str
-    text: str
+    uid: str = Field(examples=["vim"])
+    text: str = Field(examples=["vim: Vi IMproved - enhanced vi editor"])
 
 
 class LabelsReply(BaseModel):
     """Labels whose text or uid begins with what was asked for."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    snapshot: str
+    snapshot: str = Field(examples=["6aa265fcd29ffec7"])
     labels: list[LabelReply]
 
 
@@ -182,20 +184,23 @@ class MemoryReply(BaseModel):
     """What the application answers from."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    snapshot: str
-    created: str
+    snapshot: str = Field(examples=["6aa265fcd29ffec7"])
+    created: str = Field(examples=["2026-11-24T21:14:58+00:00"])
     """UTC, ISO 8601."""
-    instances: int
-    labels: int
-    shards: int
-    dimension: int
+    instances: int = Field(examples=[11797])
+    labels: int = Field(examples=[15785])
+    shards: int = Field(examples=[4])
+    dimension: int = Field(examples=[384])
     """Numbers in a key."""
-    index: str
+    index: str = Field(examples=["flat"])
     """Kind of index."""
-    encoder_fingerprint: str
-    bytes: dict[str, int]
+    encoder_fingerprint: str = Field(examples=["0f3c…"])
+    """SHA-256 of the encoder's weights and settings."""
+    bytes: dict[str, int] = Field(examples=[{"index": 42366084, "encoder": 76000000}])
     """Of the snapshot, by part."""
-    defaults: dict[str, object]
+    defaults: dict[str, object] = Field(
+        examples=[{"lambda": 0.5, "temperature": 0.08, "neighbours": {"joint": 200}, "k": 10}]
+    )
     """λ, temperature, neighbours and k where a request leaves them out."""
     limits: Limits
     """What a request may ask for."""
