@@ -13,7 +13,6 @@ from raexmc_ray.serve.deployments import Encoder, MemoryShard
 from raexmc_ray.serve.ingress import Ingress
 from raexmc_ray.serve.schema import ServeSettings
 
-
 SPARE = 16
 """Places of an ingress beyond those that it is given, so that Serve's router, whose count lags behind, never waits."""
 
@@ -45,7 +44,7 @@ def build_app(settings: ServeSettings) -> Application:
         },
         **encoders,
         **common,
-    ).bind(memory, threads)
+    ).bind(memory, threads, settings.batch_texts)
     # Ray sees none of FAISS's memory: it must be told. A roll-out has two snapshots open, but pages of files that
     # nobody reads any more are given back.
     shard_memory = shard_bytes(manifest.index, -(-manifest.keys // manifest.shards))

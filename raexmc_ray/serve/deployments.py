@@ -24,7 +24,6 @@ from raexmc_ray.recipe import Neighbours
 from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.held import Held
 
-MAX_BATCH_TEXTS = 256
 MAX_ONGOING = 1024
 """Calls that Serve hands to a replica at a time. The ingress bounds what comes in; nothing queues before that."""
 
@@ -33,13 +32,13 @@ MAX_ONGOING = 1024
 class Encoder:
     """Texts to embeddings; the texts of calls that wait together are encoded together."""
 
-    def __init__(self, memory: Folder, threads: int) -> None:
+    def __init__(self, memory: Folder, threads: int, batch_texts: int) -> None:
         def open_(snapshot: str) -> TextEncoder:
             return use_hardware(open_snapshot(memory, snapshot).encoder(), threads)
 
         self._encoders = Held(open_)
         self._batcher: Batcher[tuple[str, list[str]], np.ndarray] = Batcher(
-            self._encode, size=lambda call: len(call[1]), max_size=MAX_BATCH_TEXTS
+            self._encode, size=lambda call: len(call[1]), max_size=batch_texts
         )
 
     async def reconfigure(self, config: dict[str, Any]) -> None:

@@ -29,7 +29,6 @@ from raexmc_ray.predict import Predictions, aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours, PredictionSection
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
-from raexmc_ray.serve.deployments import MAX_BATCH_TEXTS
 from raexmc_ray.serve.errors import MissingShardsError, RequestError, UnknownLabelError
 from raexmc_ray.serve.guard import Tokens, refuse_open_door
 from raexmc_ray.serve.metrics import IngressMetrics
@@ -123,7 +122,7 @@ class Ingress:
         self._batcher: Batcher[Query, PredictReply] = Batcher(
             self._answer_all,
             size=lambda query: len(query.texts),
-            max_size=MAX_BATCH_TEXTS,
+            max_size=settings.batch_texts,
             concurrency=BATCHES,
         )
 

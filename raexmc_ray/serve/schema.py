@@ -54,6 +54,9 @@ class ServeSettings(BaseModel):
     """Replicas of each shard; with two, nobody notices that one is lost."""
     shard_cpus: float = Field(0.1, gt=0)
     """CPUs that each shard replica reserves; it searches with as many threads, one at least."""
+    batch_texts: int = Field(32, ge=1, le=1024)
+    """Texts of waiting requests that are answered together, at most; a request of more is a batch of its own. More are
+    good for a GPU; on CPUs they only make answers come in gusts."""
     timeout_s: float = Field(15.0, gt=0)
     """A request that takes longer is answered with an error (503)."""
     shard_timeout_s: float = Field(5.0, gt=0)
