@@ -28,7 +28,7 @@ class Limits(BaseModel):
     concurrent_requests: int = Field(128, ge=1)
     """Requests that an ingress replica works on at a time; the next one is told to come again (503, with Retry-After).
     See `serve/gate.py`, which refuses them sooner and cheaper."""
-    requests_per_second: int | None = Field(None, ge=1)
+    requests_per_second: int | None = Field(None, ge=1, examples=[100])
     """Requests of one token (of everyone, where there are no tokens) that an ingress replica takes (429 beyond)."""
 
 
