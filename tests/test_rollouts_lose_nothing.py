@@ -21,31 +21,34 @@ from raexmc_ray.memory.snapshot import SnapshotError
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.serve.run import rollback, rollout, serving
 from raexmc_ray.serve.schema import ServeSettings
+from raexmc_ray.train.trainer import trained_encoder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
 TEXTS = 10
 
 
 @pytest.fixture(scope="module")
-def memory(tiny_run: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A memory with two snapshots, of a trained and an untrained encoder; the trained one is current."""
+def built(tiny_run: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A memory and two snapshots of it, of the trained encoder and of one that is not; the first is current."""
     storage = tmp_path_factory.mktemp("two")
     shutil.copytree(f"{tiny_run.cluster.storage}/memory", storage / "memory")
-    first = (storage / "memory/CURRENT").read_text()
     cluster = tiny_run.cluster.model_copy(update={"storage": str(storage)})
     recipe = tiny_run.model_copy(update={"cluster": cluster})
-    build(recipe, read_corpus(recipe.corpus.path), stage_encoder(Folder.at(storage), MODEL, recipe.encoder))
-    assert (storage / "memory/CURRENT").read_text() != first
-    (storage / "memory/CURRENT").write_text(first)
-    return storage / "memory"
+    corpus = read_corpus(recipe.corpus.path)
+    other = build(recipe, corpus, stage_encoder(Folder.at(storage), MODEL, recipe.encoder))
+    first = build(recipe, corpus, trained_encoder(tiny_run, corpus))
+    return storage / "memory", first, other
 
 
 @pytest.fixture(scope="module")
-def names(memory: Path) -> tuple[str, str]:
+def memory(built: tuple[Path, str, str]) -> Path:
+    return built[0]
+
+
+@pytest.fixture(scope="module")
+def names(built: tuple[Path, str, str]) -> tuple[str, str]:
     """The snapshots: the current one, and the other."""
-    current = (memory / "CURRENT").read_text().strip()
-    (other,) = {path.name for path in (memory / "snapshots").iterdir()} - {current}
-    return current, other
+    return built[1:]
 
 
 @pytest.fixture(scope="module")
