@@ -20,6 +20,7 @@ from raexmc_ray.serve.guard import PROBLEM_TYPE, Guard, Tokens
 from raexmc_ray.serve.schema import (
     LabelReply,
     LabelsReply,
+    Limits,
     MemoryReply,
     PredictReply,
     PredictRequest,
@@ -84,6 +85,7 @@ def make_api(ingress: Ingress, settings: ServeSettings, tokens: Tokens) -> FastA
     def openapi() -> dict[str, Any]:
         document = described()
         document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+        _state_limits(document["components"]["schemas"], settings.limits)
         for unused in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(unused, None)
         if tokens:
@@ -96,6 +98,17 @@ def make_api(ingress: Ingress, settings: ServeSettings, tokens: Tokens) -> FastA
 
     api.openapi = openapi  # type: ignore[method-assign]
     return api
+
+
+def _state_limits(schemas: dict[str, Any], limits: Limits) -> None:
+    """Have the description say what this application allows, where that is less than what the API does."""
+    schemas["Joint"]["properties"]["joint"]["maximum"] = limits.neighbours
+    for kind in ("instances", "labels"):
+        schemas["Apart"]["properties"][kind]["maximum"] = limits.neighbours
+    request = schemas["PredictRequest"]["properties"]
+    request["k"]["anyOf"][0]["maximum"] = limits.k
+    request["texts"]["maxItems"] = limits.texts
+    request["texts"]["items"]["maxLength"] = limits.characters
 
 
 def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None:

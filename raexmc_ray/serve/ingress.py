@@ -171,7 +171,7 @@ class Ingress:
     def _effective(self, request: PredictRequest, defaults: PredictionSection) -> PredictionSection:
         """The snapshot's defaults with the request's settings, within the limits. Raises RequestError."""
         limits, given = self._settings.limits, request.neighbours
-        keys = given.joint if isinstance(given, Joint) else given.instances + given.labels if given else 0
+        keys = given.joint if isinstance(given, Joint) else max(given.instances, given.labels) if given else 0
         for what, asked, limit in (
             ("texts: texts", len(request.texts), limits.texts),
             ("texts: characters in a text", max(map(len, request.texts)), limits.characters),

@@ -24,7 +24,7 @@ class Limits(BaseModel):
     k: int = Field(MAX_K, ge=1, le=MAX_K)
     """Labels for a text."""
     neighbours: int = Field(2000, ge=1, le=MAX_NEIGHBOURS)
-    """Keys retrieved for a text."""
+    """Keys retrieved for a text, of all or of each kind."""
     concurrent_requests: int = Field(128, ge=1)
     """Requests that an ingress replica works on at a time; the next one is told to come again (503, with Retry-After).
     See `serve/gate.py`, which refuses them sooner and cheaper."""
