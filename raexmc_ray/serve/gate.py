@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from raexmc_ray.serve.guard import send_problem
+from raexmc_ray.serve.schema import Limits
 
 REQUESTS = "RAEXMC_REQUESTS_AT_A_TIME"
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raexmc_ray.serve.gate:middlewares"}
@@ -46,4 +47,4 @@ class Gate:
 
 def middlewares() -> list[Middleware]:
     """For Serve."""
-    return [Middleware(Gate, limit=int(os.environ.get(REQUESTS, "128")))]
+    return [Middleware(Gate, limit=int(os.environ.get(REQUESTS, Limits().concurrent_requests)))]

@@ -1,4 +1,4 @@
-"""What stands before the API: tokens, and bounds on what comes in, so that a flood is refused and not queued."""
+"""What stands before the API: tokens, and bounds on what comes in."""
 
 from __future__ import annotations
 
@@ -99,15 +99,13 @@ def refuse_open_door(settings: ServeSettings, tokens: Tokens, host: str | None) 
 
 
 class Guard:
-    """ASGI middleware: gives each request an id, refuses what must not come in, and writes the access log.
+    """ASGI middleware: knows each request by its id, refuses what must not come in, and writes the access log.
 
     In this order: no valid token (401), too many a second (429), too large a body (413). That there are not too many
     at a time is seen to in Serve's proxy (`gate.py`), which can refuse before it hands anything over.
     """
 
-    def __init__(
-        self, app: ASGIApp, limits: Limits, tokens: Tokens, answered: Callable[[str, int, float], None]
-    ) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, tokens: Tokens, answered: Answered) -> None:
         self._app, self._limits, self._tokens, self._answered = app, limits, tokens, answered
         self._rate = RateLimitItemPerSecond(limits.requests_per_second) if limits.requests_per_second else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
@@ -123,7 +121,6 @@ class Guard:
         state = scope.setdefault("state", {})
         state["request_id"], state["started"] = request_id, started
         entry: dict[str, Any] = {"request": request_id, "method": scope["method"], "path": scope["path"]}
-
         body = _Bounded(receive, self._limits.body_bytes)
 
         async def answer(message: Message) -> None:
