@@ -207,11 +207,15 @@ class _UnitEncoder:
 
 def stage_encoder(storage: Folder, model: str, section: EncoderSection) -> Folder:
     """Put any encoder (folder, hub name, `package:NAME`), cut as the section says, where every node sees it."""
-    tower = TextEncoder.load(model, layers=section.layers, max_tokens=section.max_tokens)
-    target = storage / "encoders" / f"given-{tower.fingerprint[:16]}"
+    return stage(storage, TextEncoder.load(model, layers=section.layers, max_tokens=section.max_tokens))
+
+
+def stage(storage: Folder, encoder: TextEncoder) -> Folder:
+    """Put an encoder where every node sees it."""
+    target = storage / "encoders" / f"given-{encoder.fingerprint[:16]}"
     if (target / STAGED).size() is None:
         with target.filling() as local:
-            tower.save(local)
+            encoder.save(local)
         (target / STAGED).write(b"")
     return target
 

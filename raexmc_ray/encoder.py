@@ -1,11 +1,13 @@
 """The shared text tower: tokenise, encode, save, load, fingerprint.
 
 One transformer embeds instances and labels alike: token states averaged over the text, then L2-normalised
-(METHOD.md, Notation), so an inner product of two embeddings is their cosine.
+(METHOD.md, Notation), so an inner product of two embeddings is their cosine. An encoder of a memory may join a lexical
+part to it (lexical.py), which takes no part in training.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -18,11 +20,13 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from raexmc_ray.lexical import Lexical
 from raexmc_ray.ragged import ragged_take
 
-SETTINGS_FILE = "encoder.json"
+SETTINGS_FILE, LEXICAL_FILE = "encoder.json", "lexical.safetensors"
 FORMAT_VERSION = 1
 PASSING_CONFIG = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"})
 """Parts of a model's config that say where it comes from, not what it computes."""
@@ -97,6 +101,8 @@ class TextEncoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.lexical: Lexical | None = None
+        """What `encode` joins to the tower's embeddings; see `with_lexical`."""
         self.compute_dtype = torch.float32
         """Of the tower's forward pass; weights and embeddings are float32 whatever it is."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -123,12 +129,14 @@ class TextEncoder(nn.Module):
                 f"encoder.model is {model}, and there is no model there: {reason} Name a folder, a model of the hub "
                 "that this machine can reach, or package:NAME"
             ) from None
-        settings_path = Path(source) / SETTINGS_FILE
+        settings_path, lexical = Path(source) / SETTINGS_FILE, None
         if settings_path.is_file():
             settings = json.loads(settings_path.read_text())
             if settings["format_version"] > FORMAT_VERSION:
                 raise ValueError(f"{settings_path}: written by a newer version of raexmc_ray: update it")
             max_tokens = max_tokens or settings["max_tokens"]
+            if settings.get("lexical"):
+                lexical = Lexical(load_file(Path(source) / LEXICAL_FILE)["idf"], **settings["lexical"])
         if layers is not None:
             if layers > config.num_hidden_layers:
                 raise ValueError(f"encoder.layers is {layers}, but {model} has {config.num_hidden_layers}")
@@ -143,12 +151,26 @@ class TextEncoder(nn.Module):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         finally:
             transformers.logging.set_verbosity(level)
-        return cls(tower.eval(), tokenizer, max_tokens or 32)
+        encoder = cls(tower.eval(), tokenizer, max_tokens or 32)
+        encoder.lexical = lexical
+        return encoder
+
+    def with_lexical(self, lexical: Lexical | None) -> TextEncoder:
+        """An encoder of the same tower, not copied, whose `encode` joins this lexical part to its embeddings."""
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)  # it has another one
+        other.lexical = lexical
+        return other
+
+    @property
+    def width(self) -> int:
+        """Numbers in an embedding by the tower alone."""
+        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]  # transformers'
 
     @property
     def dimension(self) -> int:
-        """d: numbers in an embedding."""
-        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]  # transformers'
+        """d: numbers in a key, which is what `encode` gives: the tower's, and those of the lexical part."""
+        return self.width + (self.lexical.dimension if self.lexical else 0)
 
     @property
     def device(self) -> torch.device:
@@ -164,9 +186,9 @@ class TextEncoder(nn.Module):
         return self._backend.to_str()
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, words: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings float32 [n, d], of unit length, of token ids int64 [n, longest] under an attention mask.
+        """The tower's embeddings float32 [n, width], of unit length, of token ids int64 [n, longest] under a mask.
 
-        words: word embeddings [w, d] in place of the tower's own; then `ids` are places among them.
+        words: word embeddings [w, width] in place of the tower's own; then `ids` are places among them.
         """
         reduced = self.compute_dtype != torch.float32
         given = {"input_ids": ids} if words is None else {"inputs_embeds": nn.functional.embedding(ids, words)}
@@ -184,8 +206,8 @@ class TextEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode_tokens(self, tokens: Tokens, batch_size: int = 64) -> torch.Tensor:
-        """Embeddings float32 [texts, d] of `tokens`, on the encoder's device and in their own order."""
-        embeddings = torch.empty(len(tokens), self.dimension, device=self.device)
+        """The tower's embeddings float32 [texts, width] of `tokens`, on its device and in their own order."""
+        embeddings = torch.empty(len(tokens), self.width, device=self.device)
         for chunk in self.chunks(tokens, batch_size):
             on_device = chunk.to(self.device)
             embeddings[on_device.rows] = self(on_device.ids, on_device.mask)
@@ -193,7 +215,7 @@ class TextEncoder(nn.Module):
 
     @property
     def words(self) -> nn.Parameter:
-        """The word embeddings [vocabulary, d]."""
+        """The word embeddings [vocabulary, width]."""
         return self.model.get_input_embeddings().weight  # type: ignore[operator]
 
     def compile_tower(self) -> None:
@@ -208,8 +230,9 @@ class TextEncoder(nn.Module):
                     module.p = dropout
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Embeddings of `texts`: float32 [texts, d], rows of unit length."""
-        return self.encode_tokens(self.tokenize(texts), batch_size).cpu().numpy()
+        """Keys or queries of `texts`: float32 [texts, d], rows of unit length."""
+        embeddings = self.encode_tokens(self.tokenize(texts), batch_size).cpu().numpy()
+        return self.lexical.join(embeddings, texts) if self.lexical else embeddings
 
     def save(self, folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the tower as safetensors with its tokenizer and settings.
@@ -220,8 +243,18 @@ class TextEncoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
-        settings = {"format_version": FORMAT_VERSION, "max_tokens": self.max_tokens, "pooling": "mean"}
+        settings = {"format_version": FORMAT_VERSION, **self._settings}
+        if self.lexical:
+            save_file({"idf": self.lexical.idf_W}, folder / LEXICAL_FILE)
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @property
+    def _settings(self) -> dict[str, object]:
+        """What an embedding follows from beside weights, model config and tokenizer."""
+        settings: dict[str, object] = {"max_tokens": self.max_tokens, "pooling": "mean"}
+        if self.lexical:
+            settings["lexical"] = {"dimension": self.lexical.dimension, "weight": self.lexical.weight}
+        return settings
 
     @cached_property
     def fingerprint(self) -> str:
@@ -230,8 +263,10 @@ class TextEncoder(nn.Module):
         Computed once: it is for an encoder that is no longer trained.
         """
         config = {name: value for name, value in self.model.config.to_dict().items() if name not in PASSING_CONFIG}  # type: ignore[operator,union-attr]
-        settings = {"max_tokens": self.max_tokens, "pooling": "mean", "config": config}
+        settings = {**self._settings, "config": config}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        if self.lexical:
+            digest.update(self.lexical.idf_W.tobytes())
         digest.update(self.tokenizer_json.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -155,6 +155,16 @@ class TrainingSection(Section):
     """Everything random in a run follows from it."""
 
 
+class LexicalSection(Section):
+    """Word overlap as a part of every key, beside the trained embedding (lexical.py). No part of training: a memory can
+    be built with it and without from the same encoder."""
+
+    weight: float = Field(0.0, ge=0, lt=1)
+    """w: a similarity is 1 − w of the tower's cosine and w of the TF-IDF vectors'. 0: the tower alone (METHOD)."""
+    dimension: int = Field(512, ge=16)
+    """Numbers that it adds to a key."""
+
+
 class MemorySection(Section):
     shards: int = Field(4, ge=1)
     """Disjoint parts of the memory; `key id % shards` places a key."""
@@ -166,6 +176,8 @@ class MemorySection(Section):
     probes: int | None = Field(None, ge=1)
     """Lists that a query looks into (of hnsw: keys on its search front); 1 in 32 of the lists, 32 at
     least, where it is left out."""
+    lexical: LexicalSection = LexicalSection()
+    """Word overlap as a part of every key: names and rare words that a trained embedding forgets."""
 
     @model_validator(mode="after")
     def _index_is_known(self) -> Self:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray
 
 from raexmc_ray.corpus import Corpus
-from raexmc_ray.embed import Embeddings, embed_keys, load_encoder
+from raexmc_ray.embed import Embeddings, embed_keys, load_encoder, stage
 from raexmc_ray.files import FileEntry, Folder
 from raexmc_ray.memory.index import use_threads
 from raexmc_ray.memory.plan import BUILD_MEMORY, shard_bytes
@@ -18,6 +18,7 @@ from raexmc_ray.memory.snapshot import publish_current
 from raexmc_ray.memory.write import (
     SnapshotPlan,
     finish_snapshot,
+    key_encoder,
     key_table,
     sample_keys,
     shards_before,
@@ -36,16 +37,17 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
     that was stopped goes on, and one that is finished is only made the current one again.
     """
     storage = Folder.at(recipe.cluster.storage)
-    tower = load_encoder(encoder)
+    table = key_table(corpus)
+    tower = key_encoder(load_encoder(encoder), table, recipe.memory)
     plan = SnapshotPlan.of(storage / "memory", corpus, tower, recipe.memory, recipe.prediction)
     if plan.is_complete:
         publish_current(plan.memory, plan.id)
         return plan.id
-    table = key_table(corpus)
     dtype = np.dtype(np.float32 if plan.index.stores_float32 else np.float16)
     name = f"{tower.fingerprint[:16]}-{corpus.fingerprint[:16]}-{plan.shards}-{dtype.name}"
     embeddings = Embeddings(storage / "embeddings" / name, len(table), plan.shards, dtype.name)
-    embed_keys(table, encoder, embeddings, recipe.encoder, recipe.cluster)
+    staged = stage(storage, tower) if tower.lexical else encoder
+    embed_keys(table, staged, embeddings, recipe.encoder, recipe.cluster)
     trained, shards = write_shards(plan, table, embeddings, recipe.cluster.cpus_per_worker)
     settings: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
     finish_snapshot(plan, corpus, tower, trained, shards, recipe.prediction, settings)

@@ -19,6 +19,7 @@ import scipy.sparse as sp
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import FileEntry, Folder, describe_file
+from raexmc_ray.lexical import Lexical
 from raexmc_ray.memory.index import INDEX, VECTORS, IndexSpec, build_index, train_index
 from raexmc_ray.memory.shard import INSTANCE, KEYS, LABEL
 from raexmc_ray.memory.snapshot import (
@@ -35,8 +36,6 @@ from raexmc_ray.memory.snapshot import (
 from raexmc_ray.recipe import MemorySection, PredictionSection
 
 SEGMENT = "0000"
-
-
 SAMPLE_SEED = 0
 
 
@@ -61,6 +60,16 @@ def key_table(corpus: Corpus) -> pa.Table:
             "labels": pa.LargeListArray.from_arrays(offsets, votes),
         }
     ).combine_chunks()
+
+
+def key_encoder(tower: TextEncoder, table: pa.Table, settings: MemorySection) -> TextEncoder:
+    """The encoder of a memory's keys and queries: `tower`, with the lexical part that the settings ask for fitted on
+    the keys' texts. table: from `key_table`."""
+    lexical = settings.lexical
+    if not lexical.weight:
+        return tower.with_lexical(None)
+    texts = table["text"].to_pylist()
+    return tower.with_lexical(Lexical.fit(texts, dimension=lexical.dimension, weight=lexical.weight))
 
 
 @dataclass(frozen=True)
@@ -210,11 +219,12 @@ def build_memory(
     or URL. settings: shards and index. defaults: λ, temperature, neighbours and k of predictions.
     """
     settings, defaults = settings or MemorySection(), defaults or PredictionSection()
+    table = key_table(corpus)
+    encoder = key_encoder(encoder, table, settings)
     plan = SnapshotPlan.of(Folder.at(memory), corpus, encoder, settings, defaults)
     if plan.is_complete:  # readers have its files mapped: they are never written again
         publish_current(plan.memory, plan.id)
         return plan.id
-    table = key_table(corpus)
     keys_ND = encoder.encode(table["text"].to_pylist())
     trained = train(plan, keys_ND[sample_keys(plan, len(keys_ND))])
     shards = []

@@ -61,7 +61,7 @@ def worker_bytes(encoder: TextEncoder, recipe: Recipe) -> int:
     that in 32; the embeddings of the whole batch with their gradients; the blocks of similarities.
     """
     settings, config = recipe.training, cast(Any, encoder.model.config)
-    hidden, layers, heads = encoder.dimension, int(config.num_hidden_layers), int(config.num_attention_heads)
+    hidden, layers, heads = encoder.width, int(config.num_hidden_layers), int(config.num_attention_heads)
     weights = sum(p.numel() for p in encoder.parameters())
     texts = settings.batch_size * (1 + settings.positives_per_instance + settings.mining.labels)
     alive = settings.chunk_size if settings.gradient_cache else -(-texts // recipe.cluster.workers)

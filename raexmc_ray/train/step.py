@@ -135,7 +135,7 @@ def _embed(
 ) -> tuple[torch.Tensor, list[tuple[Chunk, torch.Tensor | None]]]:
     """Embeddings [texts, d] without a graph, and of each chunk those with a graph: of all chunks, or, to save
     memory, only of the last ones, which are carried back first."""
-    embeddings = torch.empty(prepared.instances + prepared.labels, encoder.dimension, device=encoder.device)
+    embeddings = torch.empty(prepared.instances + prepared.labels, encoder.width, device=encoder.device)
     graphs: list[tuple[Chunk, torch.Tensor | None]] = []
     first_kept = 0 if keep_all else _first_kept([chunk.ids.numel() for chunk in prepared.chunks])
     for i, chunk in enumerate(prepared.chunks):

@@ -60,6 +60,7 @@ def make_encoder(recipe: Recipe, device: torch.device) -> TextEncoder:
     """The encoder that a new run of `recipe` starts from, on `device`."""
     settings = recipe.training
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
+    encoder.lexical = None  # of another memory, where the model is one's encoder
     encoder.compute_dtype = {
         "auto": torch.bfloat16 if bfloat16_is_native(device) else torch.float32,
         "float32": torch.float32,
