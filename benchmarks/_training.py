@@ -15,7 +15,7 @@ from raexmc_ray.evaluation import sweep
 from raexmc_ray.files import Folder
 from raexmc_ray.local import Memory, open_memory
 from raexmc_ray.memory.write import build_memory
-from raexmc_ray.recipe import MemorySection, Recipe
+from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.curves import read_curves
 from raexmc_ray.train.meter import PARTS
 from raexmc_ray.train.trainer import run_folder, run_key, train
@@ -64,7 +64,7 @@ def memory_of(corpus: Corpus, encoder: TextEncoder, recipe: Recipe) -> Memory:
     """A memory of one shard in this process, in a folder that is put anew."""
     folder = Path(recipe.cluster.storage) / "memory"
     shutil.rmtree(folder, ignore_errors=True)
-    build_memory(corpus, encoder, folder, MemorySection(shards=1), recipe.prediction)
+    build_memory(corpus, encoder, folder, recipe.memory.model_copy(update={"shards": 1}), recipe.prediction)
     return open_memory(folder)
 
 
