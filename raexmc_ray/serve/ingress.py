@@ -52,10 +52,8 @@ class View:
         opened = open_snapshot(memory, snapshot)
         return cls(opened.manifest, LabelLookup(pq.read_table(opened.file(LABELS))), opened.quantizer())
 
-    def indices(self, uids: list[str] | None) -> np.ndarray | None:
+    def indices(self, uids: list[str]) -> np.ndarray:
         """int64: the labels with these uids. Raises UnknownLabelError."""
-        if uids is None:
-            return None
         found = [self.labels.find(uid) for uid in uids]
         if None in found:
             raise UnknownLabelError(uids[found.index(None)])
@@ -153,13 +151,18 @@ class Ingress:
         Raises RequestError, UnknownLabelError, TimeoutError, MissingShardsError.
         """
         view, deadline = self.view, started + self._settings.timeout_s
+        # In a thread, where there are any: thousands of look-ups would hold up every other request.
+        allowed, blocked = [
+            None if uids is None else await asyncio.to_thread(view.indices, uids)
+            for uids in (request.labels_allowed, request.labels_blocked)
+        ]
         query = Query(
             view,
             request.texts,
             self._effective(request, view.manifest.defaults),
             request.evidence,
-            view.indices(request.labels_allowed),
-            view.indices(request.labels_blocked),
+            allowed,
+            blocked,
             request.allow_partial,
             request_id,
             started,
