@@ -48,6 +48,10 @@ def test_a_run_killed_before_its_encoder_was_published_only_publishes_it(tiny_ru
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
+def test_an_interrupt_means_after_the_training_what_it_meant_before(tiny_run: Recipe) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_run_leaves_its_curves_and_picture(tiny_run: Recipe) -> None:
     (run,) = (Path(tiny_run.cluster.storage) / "training").iterdir()
     lines = [json.loads(line) for line in (run / "curves.jsonl").read_text().splitlines()]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import signal
 import tempfile
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +160,23 @@ def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) ->
             worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},  # type: ignore[call-arg]  # mypy sees Train v1
         ),
     )
-    with _Watcher(progress, plan) as watcher:
+    with _same_interrupt(), _Watcher(progress, plan) as watcher:
         result = trainer.fit()
     if watcher.stopped:
         raise NonFiniteLossError(watcher.stopped)
     if result.error is not None:
         raise result.error
+
+
+@contextmanager
+def _same_interrupt() -> Iterator[None]:
+    """Give Ctrl-C its meaning back afterwards: Ray Train leaves its own handler there, which calls a dead actor."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe) -> None:
