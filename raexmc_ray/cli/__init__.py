@@ -12,7 +12,7 @@ from rich.console import Console
 
 from raexmc_ray.cli.apply import query, score
 from raexmc_ray.cli.make import build, embed, train
-from raexmc_ray.cli.measure import evaluate
+from raexmc_ray.cli.measure import compare, evaluate, tune
 from raexmc_ray.cli.memory import inspect, plan
 from raexmc_ray.cli.output import escape, print_answer, print_plain
 from raexmc_ray.cli.serving import rollback, rollout, serve
@@ -26,7 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, build, embed, evaluate, score, serve, rollout, rollback, query, inspect, plan):
+for _command in (
+    train, build, embed, evaluate, compare, tune, score, serve, rollout, rollback, query, inspect, plan
+):  # fmt: skip
     app.command()(_command)
 
 
