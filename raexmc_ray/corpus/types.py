@@ -63,6 +63,22 @@ class Split:
                 digest.update(array.astype(np.int64).tobytes())
         return digest.hexdigest()
 
+    def without_unseen(self, seen_L: np.ndarray) -> Split:
+        """The split in which labels that are not seen are neither right nor wrong where they were right: they become
+        filter pairs. seen_L: bool.
+
+        The public benchmarks have no label without a training instance, in their test parts or at all. Left to be
+        found, such labels would make rows held out richer in them than a test part is; taken away but left to be
+        predicted, they would count as mistakes of the labels' own keys. Settings chosen on either would be wrong.
+        """
+        unseen = sp.csr_matrix(self.relevance @ sp.diags_array((~seen_L).astype(np.float32)))
+        relevance = sp.csr_matrix(self.relevance - unseen)
+        filtered = sp.csr_matrix(self.filtered.maximum(unseen))
+        for matrix in (relevance, filtered):
+            matrix.eliminate_zeros()
+            matrix.sort_indices()
+        return Split(self.texts, relevance, filtered)
+
     def take(self, rows: np.ndarray) -> Split:
         """The split of these rows, in this order."""
         return Split(self.texts.take(rows), self.relevance[rows], self.filtered[rows])
@@ -84,17 +100,13 @@ class Corpus:
         """The corpus in which `share` of the training rows stands in for the test part.
 
         A pure function of the corpus, the share and the seed. The filter pairs of the training part hold for
-        the rows held out. Labels that no remaining training row has are taken from the rows held out, as the
-        public benchmarks do with their test parts: else the rows held out would be richer in unseen labels
-        than the test part, and settings chosen on them would trust the labels too much.
+        the rows held out, and labels that no remaining training row has are taken from them (`without_unseen`).
         """
         held_out = self.held_out_places(share, seed)
         kept = np.setdiff1d(np.arange(len(self.train)), held_out)
         train, test = self.train.take(kept), self.train.take(held_out)
         seen = np.bincount(train.relevance.indices, minlength=len(self.labels)) > 0
-        relevance = sp.csr_matrix(test.relevance @ sp.diags_array(seen.astype(np.float32)))
-        relevance.eliminate_zeros()
-        return Corpus(train, Split(test.texts, relevance, test.filtered), self.labels)
+        return Corpus(train, test.without_unseen(seen), self.labels)
 
     def held_out_places(self, share: float, seed: int = 0) -> np.ndarray:
         """int64, sorted: the training rows that `hold_out` holds out."""

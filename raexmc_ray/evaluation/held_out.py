@@ -9,9 +9,8 @@ are for a new text, and a λ chosen on such rows is wrong. So the rows are, the 
 3. any rows, where the encoder was not trained on this corpus: leaving one out is then all that is needed;
 4. any rows, with a warning.
 
-A label that no other training row has is not asked for: the public benchmarks have no such labels in their test parts
-(`Corpus.hold_out`), and instances could not vote for it. Rows whose text another row has, too, stay: a test part that
-was drawn from the same texts has as many of them.
+A label that no other training row has is neither right nor wrong for its row (`Split.without_unseen`). Rows whose text
+another row has, too, stay: a test part that was drawn from the same texts has as many of them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse as sp
 
 from raexmc_ray.corpus import Corpus, Split
 from raexmc_ray.encoder import TextEncoder
@@ -69,9 +67,7 @@ def held_out_rows(recipe: Recipe, corpus: Corpus, manifest: Manifest, rows: int 
         said = f"training.evaluation.holdout: {share:.0%} of the training rows, which the encoder was not trained on"
         return _sampled(HeldOut(corpus.hold_out(share, seed).test, places, f"{said}, less their own keys"), rows)
     counts_L = np.bincount(corpus.train.relevance.indices, minlength=len(corpus.labels))
-    relevance = sp.csr_matrix(corpus.train.relevance @ sp.diags_array((counts_L > 1).astype(np.float32)))
-    relevance.eliminate_zeros()
-    everyone = Split(corpus.train.texts, relevance, corpus.train.filtered)
+    everyone = corpus.train.without_unseen(counts_L > 1)
     held_out = HeldOut(everyone, np.arange(len(everyone)), "training rows, each less its own key")
     if trained_by:
         held_out = _warned(

@@ -101,7 +101,7 @@ def read_predictions(folder: Folder) -> Written:
         tables.append(table.replace_schema_metadata())
     settings, snapshot = said.pop() if len(said) == 1 else (None, None)
     if said:
-        raise ValueError(f"{folder}: has predictions of several runs ({len(said) + 1} settings or snapshots): name one")
+        raise ValueError(f"{folder}: has predictions of several runs ({len(said)} settings or snapshots): name one")
     lists = [table["labels"].combine_chunks().cast(pa.large_list(pa.int64())) for table in tables]
     lengths = np.concatenate([np.diff(part.offsets.to_numpy()) for part in lists])
     read = PredictionSection.model_validate_json(settings) if settings else None

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from raexmc_ray.evaluation.measure import BOTH, INSTANCES_ONLY, LABELS_ONLY
-from raexmc_ray.evaluation.result import Evaluation
+from raexmc_ray.evaluation.result import Evaluation, LabelGroup
 from raexmc_ray.report.findings import Findings, Point, Reliability
 
-SIZE, DPI = (5.6, 3.7), 200
+SIZE, DPI = (5.2, 3.5), 200
 """Inches, and dots an inch."""
 
 
@@ -41,6 +41,8 @@ class Theme:
 LIGHT = Theme("light", "#ffffff", "#1c1e21", "#5b6068", "#dfe1e4", "#2368b8", "#c2620a", "#12806a", "#8a5aa8")
 DARK = Theme("dark", "#1e2125", "#e9eaec", "#a3a9b1", "#3a4047", "#6aa9ec", "#eda04f", "#4fc3a6", "#c79be0")
 MARKS = {"instances": "s", "labels": "^", "both": "o", "third": "D"}
+RANKS_TOGETHER = 1.12
+"""A figure's point is of the ranks up to so many times the first."""
 Draw = Callable[[Any, Theme], None]
 
 
@@ -73,6 +75,7 @@ def draw_figures(evaluation: Evaluation, findings: Findings) -> dict[str, dict[s
         "ranks": lambda axes, theme: _ranks(axes, theme, findings),
         "worth": lambda axes, theme: _worth(axes, theme, findings),
         "frequency": lambda axes, theme: _frequency(axes, theme, evaluation),
+        "gain": lambda axes, theme: _gain(axes, theme, evaluation),
     }
     calibration = findings.calibration
     if calibration:
@@ -127,29 +130,36 @@ def _line(axes: Any, theme: Theme, x: Sequence[float], y: Sequence[float], kind:
 
 def _trade_off(axes: Any, theme: Theme, points: Sequence[Point], chosen: float) -> None:
     x, y = [p.figures["P@1"] for p in points], [p.figures["PSP@1"] for p in points]
-    axes.plot(x, y, color=theme.both, linewidth=1.8, zorder=2)
-    for point, at, up in zip(points, x, y, strict=True):
-        value = point.settings.lambda_
-        kind = {0.0: "labels", 1.0: "instances"}.get(value, "both")
-        axes.plot(at, up, MARKS[kind], color=getattr(theme, kind), markersize=7 if kind != "both" else 4, zorder=3)
-        if value in (0.0, 0.25, 0.5, 0.75, 1.0):
-            named = {0.0: "λ = 0: labels only", 1.0: "λ = 1: instances only"}.get(value, f"{value:g}")
-            right = at < (min(x) + max(x)) / 2
+    axes.plot(x, y, "o-", color=theme.both, markersize=4, linewidth=1.8, zorder=2)
+    turns = x.index(max(x))  # up to here the curve comes from the left
+    named: list[tuple[float, float]] = []
+    spread = (max(x) - min(x) or 1, max(y) - min(y) or 1)
+    for i, point in enumerate(points[1:-1], 1):
+        place = x[i] / spread[0], y[i] / spread[1]
+        clear = all(abs(place[0] - one[0]) + abs(place[1] - one[1]) > 0.13 for one in named)
+        if clear and point.settings.lambda_ != chosen and round(10 * point.settings.lambda_, 6).is_integer():
+            named.append(place)
+            before = i <= turns
             axes.annotate(
-                named,
-                (at, up),
-                xytext=(8 if right else -8, 0),
+                f"{point.settings.lambda_:g}",
+                (x[i], y[i]),
+                xytext=(-7, 6) if before else (9, 0),
                 textcoords="offset points",
-                ha="left" if right else "right",
+                ha="right" if before else "left",
                 va="center",
                 color=theme.ink,
                 fontsize=10,
             )
-        if value == chosen:
-            axes.plot(at, up, "o", markersize=12, markerfacecolor="none", markeredgecolor=theme.ink, zorder=4)
+    at = [p.settings.lambda_ for p in points].index(chosen)
+    ends: dict[str, Any] = {"linestyle": "none", "markersize": 8, "zorder": 3}
+    axes.plot(x[0], y[0], MARKS["labels"], color=theme.labels, label="λ = 0: labels only", **ends)
+    axes.plot(x[-1], y[-1], MARKS["instances"], color=theme.instances, label="λ = 1: instances only", **ends)
+    ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": theme.ink, "markeredgewidth": 1.4}
+    axes.plot(x[at], y[at], "o", label=f"in use: {chosen:g}", **{**ends, "markersize": 12}, **ring)
     axes.set(xlabel="P@1, percent", ylabel="PSP@1, percent")
-    axes.margins(0.12)
+    axes.margins(0.1)
     _grid(axes, theme)
+    _legend(axes, 3, handletextpad=0.4)
 
 
 def _curves(
@@ -200,35 +210,49 @@ def _thinned(x: Sequence[float], most: int = 8) -> list[float]:
 
 def _ranks(axes: Any, theme: Theme, findings: Findings) -> None:
     """Whose keys stand at each rank."""
-    instances, labels = findings.sources.instances.share_by_rank, findings.sources.labels.share_by_rank
-    ranks = range(1, len(instances) + 1)
-    shares = [[100 * share for share in kind] for kind in (instances, labels)]
-    axes.stackplot(
-        ranks, *shares, labels=["instances", "labels"], colors=[theme.instances, theme.labels], linewidth=0, alpha=0.9
-    )
-    axes.set(xlabel="rank of the key", ylabel="percent of the keys at that rank", ylim=(0, 100))
-    axes.set_xlim(1, max(2, len(instances)))
+    sources = findings.sources
+    x, instances = _by_rank(sources.instances.share_by_rank)
+    _, labels = _by_rank(sources.labels.share_by_rank)
+    colors = [theme.instances, theme.labels]
+    axes.stackplot(x, instances, labels, labels=["instances", "labels"], colors=colors, linewidth=0, alpha=0.9)
+    axes.set(ylabel="percent of the keys at that rank", ylim=(0, 100))
+    _rank_axis(axes, len(sources.instances.share_by_rank))
     _legend(axes, 2)
 
 
 def _worth(axes: Any, theme: Theme, findings: Findings) -> None:
     """How often a key at a rank votes for a right label."""
-    for kind, name in (("instances", "instances"), ("labels", "labels")):
-        right = getattr(findings.sources, kind).right_by_rank
-        known = [(rank, 100 * value) for rank, value in enumerate(right, 1) if value is not None]
-        if known:
-            every = max(1, len(known) // 12)
-            ranks, percent = zip(*known, strict=True)
-            _line(axes, theme, ranks, percent, kind, name, markevery=every, linewidth=1.5)
-    axes.set_xscale("log")
-    ticks = [rank for rank in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if rank <= len(right)]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set(xlabel="rank of the key (log scale)", ylabel="percent that vote for a right label")
+    sources = findings.sources
+    for kind, of_kind in (("instances", sources.instances), ("labels", sources.labels)):
+        x, percent = _by_rank(of_kind.right_by_rank)
+        _line(axes, theme, x, percent, kind, kind)
+    axes.set(ylabel="percent that vote for a right label")
     axes.set_ylim(bottom=0)
+    _rank_axis(axes, len(sources.instances.right_by_rank))
     _grid(axes, theme)
     _legend(axes, 2)
+
+
+def _by_rank(shares: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """(ranks, percent): ranks that are close to each other on a log scale are taken together."""
+    x, percent, first = [], [], 1
+    while first <= len(shares):
+        end = max(first, round(first * RANKS_TOGETHER))
+        known = [(rank, share) for rank, share in enumerate(shares[first - 1 : end], first) if share is not None]
+        if known:
+            x.append(sum(rank for rank, _ in known) / len(known))
+            percent.append(100 * sum(share for _, share in known) / len(known))
+        first = end + 1
+    return x, percent
+
+
+def _rank_axis(axes: Any, ranks: int) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(1, max(2, ranks))
+    axes.xaxis.set_major_locator(FixedLocator([n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if n <= ranks]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("rank of the key (log scale)")
 
 
 def _frequency(axes: Any, theme: Theme, evaluation: Evaluation) -> None:
@@ -237,14 +261,31 @@ def _frequency(axes: Any, theme: Theme, evaluation: Evaluation) -> None:
     x = range(len(groups))
     for row, kind in ((LABELS_ONLY, "labels"), (INSTANCES_ONLY, "instances"), (BOTH, "both")):
         _line(axes, theme, x, [group.recall[row] for group in groups], kind, row)
-    axes.set_xticks(x, [_span(group.most, group.least) for group in groups], rotation=35, ha="right")
-    axes.set(
-        xlabel="training instances of the labels, head to tail",
-        ylabel=f"percent of pairs found in {evaluation.breakdown.k}",
-    )
+    axes.set_ylabel(f"percent of pairs found in {evaluation.breakdown.k}")
     axes.set_ylim(bottom=0)
+    _frequency_axis(axes, groups)
     _grid(axes, theme)
     _legend(axes, 3)
+
+
+def _gain(axes: Any, theme: Theme, evaluation: Evaluation) -> None:
+    """What both kinds of keys together find more than one alone, by how frequent the label is."""
+    groups = [group for group in evaluation.breakdown.tenths if group.recall]
+    for row, kind, aside in ((LABELS_ONLY, "labels", -0.2), (INSTANCES_ONLY, "instances", 0.2)):
+        gains = [group.recall[BOTH] - group.recall[row] for group in groups]
+        places = [i + aside for i in range(len(groups))]
+        axes.bar(places, gains, 0.38, color=getattr(theme, kind), label=f"over {row}")
+    axes.axhline(0, color=theme.soft, linewidth=1)
+    axes.set_ylabel("percentage points more, with both")
+    _frequency_axis(axes, groups)
+    axes.grid(color=theme.line, linewidth=0.7, axis="y")
+    _legend(axes, 2)
+
+
+def _frequency_axis(axes: Any, groups: Sequence[LabelGroup]) -> None:
+    spans = [_span(group.most, group.least) for group in groups]
+    axes.set_xticks(range(len(groups)), spans, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xlabel("training instances of the labels, head to tail")
 
 
 def _span(most: int, least: int) -> str:
@@ -273,5 +314,6 @@ def alternatives(evaluation: Evaluation, findings: Findings) -> Mapping[str, str
         "ranks": "Share of instances and labels among the keys at each rank",
         "worth": "Share of the keys at each rank that vote for a right label, for instances and labels",
         "frequency": "Share of the pairs found, from frequent labels to rare ones: labels only, instances only, both",
+        "gain": "What both find more than labels only and than instances only, from frequent labels to rare ones",
         "reliability": "Share of right labels over the score, and over the fitted probability",
     }

@@ -22,30 +22,42 @@ class SourceCounts:
 
     def __init__(self, width: int) -> None:
         """width: keys that are retrieved for a row."""
-        self._keys, self._right = np.zeros((KINDS, width)), np.zeros((KINDS, width))
+        self._keys, self._judged, self._right = np.zeros((3, KINDS, width))
         self._mass = np.zeros(KINDS)
         self._reached = np.zeros(4)
         self._label_shares: list[np.ndarray] = []
         self._outcomes: list[np.ndarray] = []
 
-    def add(self, hits: Hits, predictions: Predictions, relevance: sp.csr_matrix, settings: PredictionSection) -> None:
-        """The hits at `settings` of B rows, what was predicted from them, and the rows' labels: CSR [B, L]."""
+    def add(
+        self,
+        hits: Hits,
+        predictions: Predictions,
+        relevance: sp.csr_matrix,
+        exclude: sp.csr_matrix,
+        settings: PredictionSection,
+    ) -> None:
+        """The hits at `settings` of B rows, what was predicted from them, the rows' labels and their filter pairs: CSR
+        [B, L]. A key that votes for filter pairs only is neither right nor wrong."""
         labelled_B = np.diff(relevance.indptr) > 0
         B, b = hits.key_ids_Bb.shape
         there_Bb = (hits.key_ids_Bb >= 0) & labelled_B[:, None]
         kind_Bb = hits.is_label_Bb.astype(np.int64)
         L = relevance.shape[1]
-        relevant = np.repeat(np.arange(B), np.diff(relevance.indptr)) * L + relevance.indices
+        relevant = _pairs(relevance)
         cell = np.repeat(np.arange(B * b), np.diff(hits.vote_offsets))
         vote = cell // max(1, b) * L + hits.votes
         right_cells = np.zeros(B * b, bool)
         right_cells[cell[np.isin(vote, relevant)]] = True
         right_Bb = right_cells.reshape(B, b)
+        judged_cells = np.zeros(B * b, bool)
+        judged_cells[cell[~np.isin(vote, _pairs(exclude))]] = True
+        judged_Bb = judged_cells.reshape(B, b)
         # λ = 1/2 weighs both kinds alike: twice that is the softmax mass.
         mass_Bb = 2 * weigh(hits, 0.5, settings.temperature)
         for kind in range(KINDS):
             mine_Bb = there_Bb & (kind_Bb == kind)
             self._keys[kind, :b] += mine_Bb.sum(0)
+            self._judged[kind, :b] += (mine_Bb & judged_Bb).sum(0)
             self._right[kind, :b] += (mine_Bb & right_Bb).sum(0)
             self._mass[kind] += mass_Bb[mine_Bb].sum()
         by_label = np.isin(relevant, vote[hits.is_label_Bb.ravel()[cell]])
@@ -73,13 +85,19 @@ class SourceCounts:
         )
 
     def _kind(self, kind: int) -> KindOfKeys:
-        keys, right = self._keys[kind], self._right[kind]
+        keys, judged, right = self._keys[kind], self._judged[kind], self._right[kind]
         at_rank = self._keys.sum(0)
         ranks = int((at_rank > 0).sum())
         return KindOfKeys(
             keys=keys.sum() / max(1.0, at_rank.sum()),
             mass=self._mass[kind] / max(np.finfo(float).tiny, self._mass.sum()),
-            right=right.sum() / keys.sum() if keys.sum() else None,
+            right=right.sum() / judged.sum() if judged.sum() else None,
             share_by_rank=(keys[:ranks] / at_rank[:ranks]).tolist(),
-            right_by_rank=[right[r] / keys[r] if keys[r] >= LEAST else None for r in range(ranks)],
+            right_by_rank=[right[r] / judged[r] if judged[r] >= LEAST else None for r in range(ranks)],
         )
+
+
+def _pairs(matrix: sp.csr_matrix) -> np.ndarray:
+    """int64: row · L + label of each pair of a CSR [B, L]."""
+    rows, labels = matrix.shape
+    return np.repeat(np.arange(rows), np.diff(matrix.indptr)) * labels + matrix.indices

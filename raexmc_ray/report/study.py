@@ -75,7 +75,7 @@ class Study:
         if batch.part.start // BATCH % self._every == 0:
             self._rows.append(np.arange(batch.part.start, batch.part.stop))
             self._sweep.add(batch)
-            self._sources.add(hits, both, relevance, self._settings)
+            self._sources.add(hits, both, relevance, batch.exclude, self._settings)
 
     def _keep_wrong(self, start: int, hits: Hits, first: Predictions, wrong: np.ndarray) -> None:
         best = wrong[np.argsort(-first.scores_Bk[wrong, 0], kind="stable")[:MISTAKES]]
