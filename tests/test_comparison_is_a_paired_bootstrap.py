@@ -122,7 +122,7 @@ def test_the_command(corpus: Corpus, tmp_path: Path) -> None:
     files = [str(tmp_path / name / "evaluation.json") for name in "ab"]
     done = subprocess.run([*command, *files], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith(" P@1") or line.startswith("P@1")]
+    (line,) = [line for line in done.stdout.splitlines() if line.split()[:1] == ["P@1"]]
     assert line.rstrip().endswith("yes")
     done = subprocess.run([*command, files[0], str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
