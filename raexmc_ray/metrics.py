@@ -136,10 +136,16 @@ def coverage(judged: Judged, k: int) -> dict[str, float]:
     """Which labels the first k predictions of all rows reach, in percent: {"predicted": of all labels, those that
     were predicted at least once; "found": of the labels that are relevant somewhere, those that were right once}."""
     predicted, hits = judged.predicted_Rk[:, :k], judged.hits_Rk[:, :k]
-    relevant = len(np.unique(judged.relevance.indices))
+    labels = judged.relevance.shape[1]
+
+    def different(some: np.ndarray) -> int:
+        seen_L = np.zeros(labels, bool)
+        seen_L[some] = True
+        return int(seen_L.sum())
+
     return {
-        "predicted": 100 * len(np.unique(predicted[predicted >= 0])) / judged.relevance.shape[1],
-        "found": 100 * len(np.unique(predicted[hits])) / relevant,
+        "predicted": 100 * different(predicted[predicted >= 0]) / labels,
+        "found": 100 * different(predicted[hits]) / different(judged.relevance.indices),
     }
 
 
@@ -176,23 +182,26 @@ def by_group(judged: Judged, group_L: np.ndarray, k: int) -> list[dict[str, floa
 
 
 def look_up(predicted_Bk: np.ndarray, relevance: sp.csr_matrix) -> np.ndarray:
-    """bool [B, k]: whether each prediction, −1 for none, is relevant, CSR [B, L]. Sorted search, no dense [B, L]."""
-    B, L = relevance.shape
-    relevant = np.repeat(np.arange(B), np.diff(relevance.indptr)) * L + relevance.indices
-    relevant.sort()
-    wanted = np.arange(B)[:, None] * L + predicted_Bk
-    at = np.minimum(np.searchsorted(relevant, wanted), len(relevant) - 1)
-    return (relevant[at] == wanted) & (predicted_Bk >= 0)
+    """bool [B, k]: whether each prediction, −1 for none, is relevant: CSR [B, L], which SciPy samples."""
+    B, k = predicted_Bk.shape
+    given = np.flatnonzero(predicted_Bk.ravel() >= 0)
+    hits = np.zeros(B * k, bool)
+    if len(given):
+        hits[given] = np.asarray(relevance[given // k, predicted_Bk.ravel()[given]]).ravel() != 0
+    return hits.reshape(B, k)
 
 
 def _best_weights(relevance: sp.csr_matrix, weights_L: np.ndarray, k: int) -> np.ndarray:
     """float64 [B, k]: the k largest weights among each row's labels, descending, 0 where it has fewer."""
+    B, L = relevance.shape
+    heaviest = np.argsort(-weights_L, kind="stable")
+    place_L = np.empty(L, np.int64)
+    place_L[heaviest] = np.arange(L)
     counts = np.diff(relevance.indptr)
-    row = np.repeat(np.arange(len(counts)), counts)
-    weight = weights_L[relevance.indices]
-    order = np.lexsort((-weight, row))
+    row = np.repeat(np.arange(B), counts)
+    codes = np.sort(row * L + place_L[relevance.indices])  # row by row, the heaviest first
     rank = np.arange(len(row)) - np.repeat(relevance.indptr[:-1], counts)
-    best = np.zeros((len(counts), k))
+    best = np.zeros((B, k))
     top = rank < k
-    best[row[top], rank[top]] = weight[order][top]
+    best[row[top], rank[top]] = weights_L[heaviest[codes[top] % L]]
     return best

@@ -78,6 +78,13 @@ def test_so_it_is_where_a_deeper_search_finds_other_keys(corpus: Corpus, tmp_pat
         assert table[row] == pytest.approx(figures)
 
 
+def test_a_corpus_without_a_test_part_is_refused(memory: Memory, corpus: Corpus) -> None:
+    for rows in (np.arange(0), np.flatnonzero(corpus.test.labels_per_row == 0)):
+        without = Corpus(corpus.train, corpus.test.take(rows), corpus.labels)
+        with pytest.raises(ValueError, match=r"no test row with a label.*corpus\.holdout"):
+            evaluate(memory, without, SECTION, SETTINGS)
+
+
 def test_the_rows_add_up_to_the_table(measured: Measured, corpus: Corpus) -> None:
     assert measured.evaluation.evaluated + measured.evaluation.excluded == len(corpus.test)
     assert len(measured.rows) == measured.evaluation.evaluated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -213,13 +214,16 @@ def test_killed_in_the_middle_the_old_one_is_current_and_the_same_command_goes_o
     files = len(open_snapshot(tmp_path).manifest.files)
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     last = 2 * files + 1  # after a link and a rename for each file, and the manifest: CURRENT
-    moments = [*(random.randrange(last) for _ in kill_rounds("tuned_snapshot", short=2)), last]
-    for done in moments:
-        arguments = [str(done), corpus.fingerprint, settings]
-        killed = subprocess.run([*command, *arguments], check=False)
+
+    def kill(done: int) -> None:
+        killed = subprocess.run([*command, str(done), corpus.fingerprint, settings], check=False)
         assert killed.returncode < 0, "the test must kill"
         assert (tmp_path / "CURRENT").read_text().strip() == old
         assert sum(verify(open_snapshot(tmp_path))) > 0
+
+    for _ in kill_rounds("tuned_snapshot", short=2):
+        kill(random.randrange(last))
+    kill(last)
     subprocess.run([*command, "1000", corpus.fingerprint, settings], check=True)
     current = open_snapshot(tmp_path)
     assert current.manifest.defaults == OTHER

@@ -58,6 +58,7 @@ def evaluate(
         BOTH: settings,
     }
     depth = max([b, deepest_of(settings.neighbours), observer.depth if observer else 0])
+    refuse_unlabelled(corpus)
     clock = Stopwatch()
     with clock.stage("encode"):
         queries_BD = memory.encoder.encode(corpus.test.texts["text"].to_pylist())
@@ -134,6 +135,15 @@ def measure(
         recipe=recipe.model_dump(mode="json", by_alias=True) if recipe else None,
     )
     return Measured(evaluation, rows, figures)
+
+
+def refuse_unlabelled(corpus: Corpus) -> None:
+    """Raise ValueError where the test part has nothing to measure."""
+    if len(corpus.test) == corpus.test.unlabelled:
+        raise ValueError(
+            f"the corpus has no test row with a label, of {len(corpus.test):,}: add a test part, or hold training rows "
+            "out of everything (corpus.holdout=0.1), and build the memory again"
+        )
 
 
 def popular(corpus: Corpus, depth: int) -> np.ndarray:

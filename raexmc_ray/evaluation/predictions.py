@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from raexmc_ray.corpus import Corpus
-from raexmc_ray.evaluation.measure import BOTH, DEPTH, POPULARITY, measure, popular
+from raexmc_ray.evaluation.measure import BOTH, DEPTH, POPULARITY, measure, popular, refuse_unlabelled
 from raexmc_ray.evaluation.result import Measured
 from raexmc_ray.evaluation.retrieve import Stopwatch
 from raexmc_ray.files import Folder
@@ -55,6 +55,7 @@ def evaluate_predictions(
     need more labels than were predicted are left out, which is logged. Raises ValueError where a row has no
     prediction, or two, or a prediction is of no row.
     """
+    refuse_unlabelled(corpus)
     clock = Stopwatch()
     with clock.stage("read"):
         written = read_predictions(folder)
