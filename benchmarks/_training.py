@@ -11,7 +11,7 @@ import numpy as np
 
 from raexmc_ray.corpus import Corpus, read_corpus
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.evaluation import sweep
+from raexmc_ray.evaluation.sweep import FIGURES, choose, grid, sweep
 from raexmc_ray.files import Folder
 from raexmc_ray.local import Memory, open_memory
 from raexmc_ray.memory.write import build_memory
@@ -20,7 +20,6 @@ from raexmc_ray.train.curves import read_curves
 from raexmc_ray.train.meter import PARTS
 from raexmc_ray.train.trainer import run_folder, run_key, train
 
-FIGURES = ("P@1", "P@5", "PSP@1", "PSP@5", "R@10")
 LAMBDAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 TEMPERATURES = (0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15)
 RECIPE = Path(__file__).parent.parent / "jobs/recipes/debian_related.yaml"
@@ -46,18 +45,12 @@ def trainer_rate(name: str, overrides: list[str]) -> dict[str, Any]:
     return figures
 
 
-def choose(swept: dict[tuple[float, float], dict[str, float]]) -> tuple[float, float]:
-    """(λ, τ) with the best mean of the five figures, each relative to its best over the sweep."""
-    best = {name: max(figures[name] for figures in swept.values()) for name in FIGURES}
-    return max(swept, key=lambda s: sum(swept[s][name] / best[name] for name in FIGURES))
-
-
 def chosen_on(corpus: Corpus, encoder: TextEncoder, recipe: Recipe) -> tuple[float, float, dict[str, float]]:
     """(λ, τ, figures) chosen on the test part of `corpus`, which stands for rows held out of the training."""
     memory = memory_of(corpus, encoder, recipe)
-    swept = sweep(memory, corpus, recipe.corpus, recipe.prediction.neighbours, LAMBDAS, TEMPERATURES)
-    lambda_, temperature = choose(swept)
-    return lambda_, temperature, five(swept[lambda_, temperature])
+    swept = sweep(memory, corpus, recipe.corpus, grid(recipe.prediction, LAMBDAS, TEMPERATURES))
+    chosen = choose(swept)
+    return chosen.lambda_, chosen.temperature, five(swept[chosen])
 
 
 def memory_of(corpus: Corpus, encoder: TextEncoder, recipe: Recipe) -> Memory:

@@ -75,7 +75,7 @@ def best(path: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     recipe = Recipe.load(path, [*ONE_WORKER, *settings])
     corpus = read_corpus(recipe.corpus.path, recipe.corpus.fields)
     encoder, seconds = trained(recipe, corpus)
-    table = evaluate(memory_of(corpus, encoder, recipe), corpus, recipe.corpus, recipe.prediction)
+    table = evaluate(memory_of(corpus, encoder, recipe), corpus, recipe.corpus, recipe.prediction).table
     rows = {row: five(table[row]) for row in ("labels only", "instances only", "both")}
     return {"lambda": chosen["lambda"], "temperature": chosen["temperature"], **rows, "train_s": seconds}
 

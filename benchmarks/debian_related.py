@@ -12,11 +12,12 @@ import sys
 import time
 
 from _result import at_least, below, print_targets, write_result
-from _training import LAMBDAS, RECIPE, TEMPERATURES, choose
+from _training import LAMBDAS, RECIPE, TEMPERATURES
 
 from raexmc_ray.cluster import connected
 from raexmc_ray.corpus import read_corpus
-from raexmc_ray.evaluation import evaluate, format_table, sweep
+from raexmc_ray.evaluation import evaluate, format_table
+from raexmc_ray.evaluation.sweep import choose, grid, sweep
 from raexmc_ray.files import Folder
 from raexmc_ray.local import Memory
 from raexmc_ray.memory.build import build
@@ -46,8 +47,9 @@ def main() -> None:
         held = Recipe.load(RECIPE, ["corpus.holdout=0.1", "cluster.storage=runs/debian-related-holdout", *overrides])
         corpus = read_corpus(held.corpus.path, held.corpus.fields, held.corpus.holdout)
         memory, held_seconds = trained_memory(held)
-        swept = sweep(memory, corpus, held.corpus, held.prediction.neighbours, LAMBDAS, TEMPERATURES)
-        lambda_, temperature = choose(swept)
+        swept = sweep(memory, corpus, held.corpus, grid(held.prediction, LAMBDAS, TEMPERATURES))
+        chosen = choose(swept)
+        lambda_, temperature = chosen.lambda_, chosen.temperature
         print(f"chosen on {len(corpus.test):,} held-out training rows: lambda {lambda_}, temperature {temperature}")
 
         recipe = Recipe.load(
@@ -55,7 +57,7 @@ def main() -> None:
         )
         corpus = read_corpus(recipe.corpus.path, recipe.corpus.fields)
         memory, seconds = trained_memory(recipe)
-        table = evaluate(memory, corpus, recipe.corpus, recipe.prediction)
+        table = evaluate(memory, corpus, recipe.corpus, recipe.prediction).table
     print(format_table(table))
 
     both = table["both"]
@@ -67,7 +69,7 @@ def main() -> None:
         "table": rounded,
         "lambda": lambda_,
         "temperature": temperature,
-        "held_out": {name: round(value, 2) for name, value in swept[lambda_, temperature].items()},
+        "held_out": {name: round(value, 2) for name, value in swept[chosen].items()},
         "holdout_run": held_seconds,
         "final_run": seconds,
     }

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from _result import at_least, print_targets, write_result
-from _training import FIGURES, RECIPE, chosen_on, five, memory_of
+from _training import RECIPE, chosen_on, five, memory_of
 
 from raexmc_ray.cluster import connected
 from raexmc_ray.corpus import Corpus, read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.evaluation import evaluate
+from raexmc_ray.evaluation.sweep import FIGURES
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.trainer import train
 
@@ -45,7 +46,7 @@ def measure(objective: str, seed: int) -> dict[str, Any]:
     lambda_, temperature, on_held_out = chosen_on(held_out, encoder, recipe)
     prediction = recipe.prediction.model_copy(update={"lambda_": lambda_, "temperature": temperature})
     corpus = Corpus(held_out.train, whole.test, whole.labels)
-    table = evaluate(memory_of(corpus, encoder, recipe), corpus, recipe.corpus, prediction)
+    table = evaluate(memory_of(corpus, encoder, recipe), corpus, recipe.corpus, prediction).table
     rows = {row: five(table[row]) for row in ("labels only", "instances only", "both")}
     return {"lambda": lambda_, "temperature": temperature, "held_out": on_held_out, **rows}
 

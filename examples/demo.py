@@ -7,7 +7,6 @@ ended. Run again, it goes on where it was stopped.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -61,9 +60,9 @@ def main(overrides: list[str]) -> None:
         step(f"Evaluate on {len(corpus.test):,} held-out instances (percent)")
         memory, pool = open_in_actors(storage / "memory")
         with pool:
-            table = evaluate(memory, corpus, recipe.corpus, recipe.prediction)
-        (storage / "evaluation.json").write(json.dumps(table, indent=2).encode())
-        print_plain(format_table(table))
+            measured = evaluate(memory, corpus, recipe.corpus, recipe.prediction, recipe=recipe)
+        measured.save(storage)
+        print_plain(format_table(measured.table))
         step("Serve over HTTP, and ask for three packages that are not in the training part")
         uids = corpus.test.texts["uid"].to_pylist()
         texts = dict(zip(uids, corpus.test.texts["text"].to_pylist(), strict=True))

@@ -44,6 +44,10 @@ class Folder:
     def name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
 
+    @property
+    def parent(self) -> Folder:
+        return Folder(self.filesystem, self.path.rpartition("/")[0])
+
     def size(self) -> int | None:
         """Bytes of the file at this path, or None where there is no file."""
         info = self.filesystem.get_file_info(self.path)
@@ -101,6 +105,11 @@ class Folder:
         if self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
 
+    def remove_file(self) -> None:
+        """Remove the file at this path; nothing where there is none."""
+        if self.size() is not None:
+            self.filesystem.delete_file(self.path)
+
     def local(self, cache: Path) -> Path:
         """A local path with this file's or folder's content: itself, or a copy under `cache`."""
         if self.is_local:
@@ -131,3 +140,8 @@ class FileEntry(BaseModel):
 def describe_file(path: Path) -> FileEntry:
     """What a local file is, for a manifest."""
     return FileEntry(size=path.stat().st_size, sha256=Folder.at(path).sha256())
+
+
+def describe_bytes(content: bytes) -> FileEntry:
+    """What a file with this content is."""
+    return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())

@@ -20,6 +20,8 @@ METRICS = ("P@1", "P@3", "P@5", "nDCG@1", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", 
 """What is shown, of the test part and of rows held out while training. Files have PSnDCG, too."""
 
 
+MOST_NEIGHBOURS = 16384
+
 INDEX_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16", "ivf-pq", "hnsw")
 
 
@@ -193,11 +195,11 @@ class MemorySection(Section):
 class Neighbours(Section):
     """How many keys are retrieved: the best `joint` of all keys, or the best `instances` and `labels` apart."""
 
-    joint: int | None = Field(None, ge=1, le=16384)
+    joint: int | None = Field(None, ge=1, le=MOST_NEIGHBOURS)
     """Keys from the joint memory."""
-    instances: int | None = Field(None, ge=0, le=16384)
+    instances: int | None = Field(None, ge=0, le=MOST_NEIGHBOURS)
     """Keys among the training instances."""
-    labels: int | None = Field(None, ge=0, le=16384)
+    labels: int | None = Field(None, ge=0, le=MOST_NEIGHBOURS)
     """Keys among the labels."""
 
     @model_validator(mode="after")

@@ -5,7 +5,8 @@ import sys
 
 CORE = (
     "recipe corpus encoder objective predict metrics files ragged answer local evaluation progress supervise "
-    "memory.snapshot memory.index memory.hits memory.shard memory.write train.loop train.mining"
+    "memory.snapshot memory.index memory.hits memory.shard memory.write memory.defaults train.loop train.mining "
+    "evaluation.compare evaluation.held_out evaluation.predictions evaluation.tune report"
 )
 
 

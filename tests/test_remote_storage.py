@@ -19,9 +19,10 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.embed import stage_encoder
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.build import build
+from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.pool import open_in_actors
-from raexmc_ray.memory.snapshot import SnapshotError, list_snapshots
-from raexmc_ray.recipe import MemorySection, Recipe
+from raexmc_ray.memory.snapshot import SnapshotError, list_snapshots, publish_current
+from raexmc_ray.recipe import MemorySection, PredictionSection, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,10 @@ def test_a_memory_on_s3_answers_as_one_on_disk(bucket: str, tmp_path: Path, kind
     assert raexmc_ray.open(url).predict(texts, evidence=2) == raexmc_ray.open(tmp_path).predict(texts, evidence=2)
     memory = Folder.at(url)
     assert list_snapshots(memory) == [snapshot]
+    tuned = with_defaults(memory, raexmc_ray.open(url).snapshot, corpus.fingerprint, PredictionSection(k=1))
+    assert [len(labels) for labels in raexmc_ray.open(url).predict(texts)] == [1, 1]
+    assert sorted([tuned, snapshot]) == list_snapshots(memory)
+    publish_current(memory, snapshot)
     assert "secret" not in f"{memory} {raexmc_ray.open(url).snapshot.folder}"
 
     index = memory / "snapshots" / snapshot / "segments/0000/shard-0001/index.faiss"

@@ -17,8 +17,9 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.embed import stage_encoder
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.build import build
-from raexmc_ray.memory.snapshot import SnapshotError
-from raexmc_ray.recipe import Recipe
+from raexmc_ray.memory.defaults import with_defaults
+from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
+from raexmc_ray.recipe import PredictionSection, Recipe
 from raexmc_ray.serve.run import rollback, rollout, serving
 from raexmc_ray.serve.schema import ServeSettings
 from raexmc_ray.train.trainer import trained_encoder
@@ -77,7 +78,9 @@ def test_back_and_forth_under_load(url: str, names: tuple[str, str], tiny_texts:
     assert load.errors == load.broken == []
 
 
-def test_rollback_goes_to_the_one_before_and_makes_it_current(url: str, memory: Path, names: tuple[str, str]) -> None:
+def test_rollback_goes_to_the_one_before_and_makes_it_current(
+    url: str, memory: Path, names: tuple[str, str], tiny_run: Recipe
+) -> None:
     with Client(url) as client:
         with pytest.raises(ValueError, match="has not been rolled out"):
             rollback()
@@ -88,6 +91,12 @@ def test_rollback_goes_to_the_one_before_and_makes_it_current(url: str, memory: 
         assert client.memory().snapshot == names[0]
         assert (memory / "CURRENT").read_text().strip() == names[0]
         assert rollout() == (names[0], names[0]), "the current one, where none is named"
+        corpus = read_corpus(tiny_run.corpus.path)
+        other = PredictionSection(lambda_=0.2, k=3)
+        tuned = with_defaults(Folder.at(memory), open_snapshot(memory), corpus.fingerprint, other)
+        assert rollout() == (names[0], tuned), "other defaults are a snapshot as any other"
+        assert client.memory().defaults == other
+        assert rollback() == (tuned, names[0])
 
 
 def test_a_damaged_snapshot_changes_nothing(

@@ -53,6 +53,32 @@ class Split:
         """Instances without a label: legal, not trained on, excluded from every mean of the metrics."""
         return int((self.labels_per_row == 0).sum())
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the uids, the relevance and the filter pairs: which rows are measured, and against what. Not over
+        the texts: titles may be compared with titles and contents."""
+        digest = hashlib.sha256("\0".join(self.texts["uid"].to_pylist()).encode())
+        for matrix in (self.relevance, self.filtered):
+            for array in (matrix.indptr, matrix.indices):
+                digest.update(array.astype(np.int64).tobytes())
+        return digest.hexdigest()
+
+    def without_unseen(self, seen_L: np.ndarray) -> Split:
+        """The split in which labels that are not seen are neither right nor wrong where they were right: they become
+        filter pairs. seen_L: bool.
+
+        The public benchmarks have no label without a training instance, in their test parts or at all. Left to be
+        found, such labels would make rows held out richer in them than a test part is; taken away but left to be
+        predicted, they would count as mistakes of the labels' own keys. Settings chosen on either would be wrong.
+        """
+        unseen = sp.csr_matrix(self.relevance @ sp.diags_array((~seen_L).astype(np.float32)))
+        relevance = sp.csr_matrix(self.relevance - unseen)
+        filtered = sp.csr_matrix(self.filtered.maximum(unseen))
+        for matrix in (relevance, filtered):
+            matrix.eliminate_zeros()
+            matrix.sort_indices()
+        return Split(self.texts, relevance, filtered)
+
     def take(self, rows: np.ndarray) -> Split:
         """The split of these rows, in this order."""
         return Split(self.texts.take(rows), self.relevance[rows], self.filtered[rows])
@@ -74,18 +100,18 @@ class Corpus:
         """The corpus in which `share` of the training rows stands in for the test part.
 
         A pure function of the corpus, the share and the seed. The filter pairs of the training part hold for
-        the rows held out. Labels that no remaining training row has are taken from the rows held out, as the
-        public benchmarks do with their test parts: else the rows held out would be richer in unseen labels
-        than the test part, and settings chosen on them would trust the labels too much.
+        the rows held out, and labels that no remaining training row has are taken from them (`without_unseen`).
         """
-        order = np.random.default_rng([seed, 1]).permutation(len(self.train))
-        held_out = np.sort(order[: round(share * len(order))])
-        kept = np.sort(order[len(held_out) :])
+        held_out = self.held_out_places(share, seed)
+        kept = np.setdiff1d(np.arange(len(self.train)), held_out)
         train, test = self.train.take(kept), self.train.take(held_out)
         seen = np.bincount(train.relevance.indices, minlength=len(self.labels)) > 0
-        relevance = sp.csr_matrix(test.relevance @ sp.diags_array(seen.astype(np.float32)))
-        relevance.eliminate_zeros()
-        return Corpus(train, Split(test.texts, relevance, test.filtered), self.labels)
+        return Corpus(train, test.without_unseen(seen), self.labels)
+
+    def held_out_places(self, share: float, seed: int = 0) -> np.ndarray:
+        """int64, sorted: the training rows that `hold_out` holds out."""
+        order = np.random.default_rng([seed, 1]).permutation(len(self.train))
+        return np.sort(order[: round(share * len(order))])
 
     @cached_property
     def fingerprint(self) -> str:

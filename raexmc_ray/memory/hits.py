@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,15 @@ class Hits:
         votes = np.concatenate([self.votes, other.votes])[ragged_places(starts.ravel(), lengths.ravel())]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Hits(key_ids, scores, is_label, votes, offsets, self.snapshot)
+
+    def cut(self, neighbours: Neighbours, without: np.ndarray | None = None) -> Hits:
+        """The best `neighbours` of these hits. without: int64 [B], a key of each query that is left out."""
+        hits = self
+        if without is not None:
+            left_out = self.key_ids_Bb == without[:, None]
+            scores_Bb = np.where(left_out, np.float32(-np.inf), self.scores_Bb)
+            hits = replace(self, key_ids_Bb=np.where(left_out, -1, self.key_ids_Bb), scores_Bb=scores_Bb)
+        return merge_hits([hits], neighbours)
 
 
 class SnapshotMismatchError(RuntimeError):

@@ -25,7 +25,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -231,6 +231,10 @@ def _read_manifest(file: Folder, snapshot: str) -> Manifest:
     return manifest
 
 
-def snapshot_id(parts: Sequence[str]) -> str:
-    """The id of the snapshot that follows from these parts: the same inputs make the same snapshot."""
+def memory_id(
+    corpus_fingerprint: str, encoder_fingerprint: str, shards: int, index: IndexSpec, defaults: PredictionSection
+) -> str:
+    """The id of the snapshot that follows from what it is made of: the same inputs make the same snapshot."""
+    parts = [corpus_fingerprint, encoder_fingerprint, str(shards), index.model_dump_json()]
+    parts.append(defaults.model_dump_json(by_alias=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -28,10 +28,10 @@ from raexmc_ray.memory.snapshot import (
     TRAINED,
     Manifest,
     is_complete,
+    memory_id,
     publish,
     publish_current,
     shard_file,
-    snapshot_id,
 )
 from raexmc_ray.recipe import MemorySection, PredictionSection
 
@@ -91,9 +91,8 @@ class SnapshotPlan:
         defaults: PredictionSection,
     ) -> SnapshotPlan:
         index = IndexSpec.of(settings, len(corpus.train) + len(corpus.labels), encoder.dimension)
-        parts = [corpus.fingerprint, encoder.fingerprint, str(settings.shards), index.model_dump_json()]
-        parts.append(defaults.model_dump_json(by_alias=True))
-        return cls(memory, snapshot_id(parts), settings.shards, index)
+        name = memory_id(corpus.fingerprint, encoder.fingerprint, settings.shards, index, defaults)
+        return cls(memory, name, settings.shards, index)
 
     @property
     def folder(self) -> Folder:

@@ -1,0 +1,75 @@
+"""Commands that label texts: score, query."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from raexmc_ray.cli.output import console, print_answer, print_plain
+
+
+def score(
+    memory: Annotated[str, typer.Argument(help="Folder or URL of the memory.")],
+    inputs: Annotated[list[str], typer.Argument(help="Parquet, JSON-lines or text files.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the predictions (Parquet).")],
+    k: Annotated[int | None, typer.Option(help="Labels for each text.")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="1: instances only, 0: labels only.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the softmax over the neighbours.")] = None,
+    neighbours: Annotated[int | None, typer.Option(help="Keys retrieved from the joint memory.")] = None,
+    id_column: Annotated[str, typer.Option(help="Column with the id of a row.")] = "id",
+    text_column: Annotated[str, typer.Option(help="Column with the text of a row.")] = "text",
+    encoders: Annotated[int, typer.Option(help="Encoder actors.")] = 2,
+    gpu: Annotated[bool, typer.Option(help="Give each encoder actor a GPU.")] = False,
+) -> None:
+    """Label whole files. Stopped, the same command goes on."""
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.files import Folder
+    from raexmc_ray.local import override
+    from raexmc_ray.memory.snapshot import open_snapshot
+    from raexmc_ray.recipe import ClusterSection
+    from raexmc_ray.score import score
+
+    folder = Folder.at(memory)
+    settings = override(open_snapshot(folder).manifest.defaults, k, lambda_, temperature, neighbours)
+    with connected():
+        rows = score(
+            folder,
+            inputs,
+            Folder.at(output),
+            settings,
+            ClusterSection(encoders=encoders, gpu=gpu),
+            id_column=id_column,
+            text_column=text_column,
+        )
+    console.print(f"{rows:,} rows: {output}", soft_wrap=True)
+
+
+def query(
+    texts: Annotated[list[str], typer.Argument(help="Texts to label.")],
+    url: Annotated[str, typer.Option(help="Where the application answers.")] = "http://127.0.0.1:8000",
+    k: Annotated[int | None, typer.Option(help="Labels for each text.")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="1: instances only, 0: labels only.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the softmax over the neighbours.")] = None,
+    neighbours: Annotated[int | None, typer.Option(help="Keys retrieved from the joint memory.")] = None,
+    evidence: Annotated[int, typer.Option(help="Keys named for each label.")] = 0,
+    token: Annotated[str | None, typer.Option(envvar="RAEXMC_TOKEN", help="Bearer token.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")] = False,
+) -> None:
+    """Ask a running application for the labels of texts."""
+    from raexmc_ray.client import ApiError, Client, UnreachableError
+
+    try:
+        with Client(url, token=token) as client:
+            reply = client.predict(
+                texts, k, lambda_=lambda_, temperature=temperature, neighbours=neighbours, evidence=evidence
+            )
+    except UnreachableError as error:
+        raise ValueError(f"nothing answers at {error}: start it with `raexmc serve MEMORY`") from None
+    except ApiError as error:
+        raise ValueError(f"{url}: {error}") from None
+    if as_json:
+        print_plain(reply.model_dump_json(indent=2))
+        return
+    for text, answer in zip(texts, reply.answers, strict=True):
+        print_answer(text, answer.labels)

@@ -1,0 +1,77 @@
+"""Commands that make something: train, build, embed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from raexmc_ray.cli.options import Overrides, RecipeFile, read_run
+from raexmc_ray.cli.output import console
+
+
+def train(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006  # typer copies it
+    """Train the text encoder on a corpus. Stopped, the same command goes on from the last checkpoint."""
+    settings, corpus = read_run(recipe, overrides)
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.train.trainer import train
+
+    with connected():
+        console.print(f"encoder: {train(settings, corpus)}", soft_wrap=True)
+
+
+def build(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006  # typer copies it
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Any encoder in place of the trained one: folder, hub name, package:NAME."),
+    ] = None,
+) -> None:
+    """Embed a corpus and publish its knowledge memory. Stopped, the same command goes on."""
+    settings, corpus = read_run(recipe, overrides)
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.embed import stage_encoder
+    from raexmc_ray.files import Folder
+    from raexmc_ray.memory.build import build
+    from raexmc_ray.train.trainer import trained_encoder
+
+    if encoder:
+        tower = stage_encoder(Folder.at(settings.cluster.storage), encoder, settings.encoder)
+    else:
+        tower = trained_encoder(settings, corpus)
+    with connected():
+        snapshot = build(settings, corpus, tower)
+    # Not the URL as it was given: it may carry credentials.
+    console.print(f"memory: {Folder.at(settings.cluster.storage) / 'memory'}, snapshot {snapshot}", soft_wrap=True)
+
+
+def embed(
+    inputs: Annotated[list[str], typer.Argument(help="Parquet, JSON-lines or text files.")],
+    encoder: Annotated[str, typer.Option(help="Any encoder: folder, hub name, package:NAME.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the embeddings.")],
+    id_column: Annotated[str, typer.Option(help="Column with the id of a row.")] = "id",
+    text_column: Annotated[str, typer.Option(help="Column with the text of a row.")] = "text",
+    max_tokens: Annotated[int, typer.Option(min=3, help="Texts are cut to so many tokens.")] = 32,
+    half: Annotated[bool, typer.Option(help="Write float16, not float32.")] = False,
+    encoders: Annotated[int, typer.Option(min=1, help="Encoder actors.")] = 2,
+    gpu: Annotated[bool, typer.Option(help="Give each encoder actor a GPU.")] = False,
+) -> None:
+    """Embed the texts of any files. Stopped, the same command goes on."""
+    from raexmc_ray.cluster import connected
+    from raexmc_ray.embed import embed_files
+    from raexmc_ray.files import Folder
+    from raexmc_ray.recipe import ClusterSection, EncoderSection
+
+    with connected():
+        done = embed_files(
+            inputs,
+            Folder.at(output),
+            encoder,
+            EncoderSection(max_tokens=max_tokens),
+            ClusterSection(encoders=encoders, gpu=gpu),
+            dtype="float16" if half else "float32",
+            id_column=id_column,
+            text_column=text_column,
+        )
+    console.print(f"{done.keys:,} embeddings: {done.folder}", soft_wrap=True)

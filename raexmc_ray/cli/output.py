@@ -1,0 +1,46 @@
+"""What commands print: on standard output, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from raexmc_ray.answer import ScoredLabel
+
+console = Console()
+
+
+def print_answer(text: str, labels: Sequence[ScoredLabel]) -> None:
+    """The labels of one text as a table, with the evidence for each."""
+    table = Table(title=escape(text), title_justify="left", pad_edge=False, box=None)
+    for name, justify in (("score", "right"), ("label", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literals
+    for label in labels:
+        table.add_row(f"{label.score:.4f}", escape(label.text))
+        for vote in label.evidence or []:
+            said = f"{vote.share:>4.0%} from {vote.kind}, cosine {vote.similarity:.2f}: {vote.text}"
+            table.add_row("", f"[dim]  {escape(said)}[/dim]")
+    console.print(table)
+    console.print()
+
+
+def print_plain(text: str) -> None:
+    """`text` on standard output as it is: no colours, no wrapping."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def say_bytes(size: float) -> str:
+    """A size for people: 12.3 MB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def escape(text: str) -> str:
+    """`text` so that rich prints its brackets."""
+    return text.replace("[", r"\[")

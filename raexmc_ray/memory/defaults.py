@@ -1,0 +1,57 @@
+"""A snapshot with other defaults: the same immutable files under a new id."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from raexmc_ray.files import Folder
+from raexmc_ray.memory.snapshot import Snapshot, check_file, is_complete, memory_id, publish, publish_current
+from raexmc_ray.recipe import PredictionSection
+
+
+def with_defaults(memory: Folder, snapshot: Snapshot, corpus_fingerprint: str, defaults: PredictionSection) -> str:
+    """Publish `snapshot` of a memory with other defaults as the current one; returns the new snapshot's id.
+
+    Files are hard links on a local disk (copies where it knows none), and copied by the store itself on an object
+    store, one by one and whole; the manifest is written after them, and CURRENT last: until then nothing has changed,
+    and run again it goes on. The id is what `raexmc build` gives for the same corpus, encoder, index and settings.
+    """
+    manifest = snapshot.manifest
+    name = memory_id(corpus_fingerprint, manifest.encoder_fingerprint, manifest.shards, manifest.index, defaults)
+    if is_complete(memory, name):
+        publish_current(memory, name)
+        return name
+    target = memory / "snapshots" / name
+    for path, entry in manifest.files.items():
+        check_file(snapshot.folder / path, entry, verify=False)
+        _share(snapshot.folder / path, target / path)
+        check_file(target / path, entry, verify=False)
+    recipe: dict[str, Any] | None = manifest.recipe
+    if recipe is not None:
+        recipe = {**recipe, "prediction": defaults.model_dump(mode="json", by_alias=True)}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    publish(
+        memory, manifest.model_copy(update={"id": name, "created": created, "defaults": defaults, "recipe": recipe})
+    )
+    return name
+
+
+def _share(source: Folder, target: Folder) -> None:
+    """Put the file at `source` at `target`, too, in one atomic step."""
+    if not source.is_local:
+        source.filesystem.copy_file(source.path, target.path)  # the store's own copy: no byte passes through here
+        return
+    path = Path(target.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.shared")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(source.path, beside)
+    except OSError:  # a filesystem without hard links
+        shutil.copyfile(source.path, beside)
+    os.replace(beside, path)
+    beside.unlink(missing_ok=True)  # left by `replace` where both names are links to the same file
