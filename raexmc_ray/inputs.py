@@ -49,8 +49,8 @@ class InputFile:
 def find_inputs(inputs: Sequence[str], output: Folder | None = None) -> list[InputFile]:
     """The files that `inputs` name, each once, in the order of their names, whatever the order of `inputs`.
 
-    inputs: files, globs (`*`, `**`; on this machine also `?` and `[…]`) and folders, which are searched to their last
-    subfolder for names that end in one of `KINDS`; paths, or `s3://` or `gs://` URLs. Hidden files and folders (`.name`,
+    inputs: paths, `s3://` or `gs://` URLs of files, globs (`*`, `**`; on this machine also `?` and `[…]`) or folders,
+    which are searched to their last subfolder for names that end in one of `KINDS`. Hidden files and folders (`.name`,
     `_name`) are passed over unless they are spelled out, and what lies under `output` is no input.
     Raises ValueError that names the input in which there is nothing to read.
     """

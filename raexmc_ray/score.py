@@ -50,6 +50,8 @@ from raexmc_ray.units import UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_f
 
 BLOCKS = 4096
 """Pieces of work that Ray Data is given at most: a unit each, or several in a row where there are more units."""
+SHARD_CPUS = 0.25
+"""What a shard actor reserves: most of the time it waits for the encoders."""
 UNITS_AT_A_TIME = 2
 """In an actor: while one of them waits for the shards, or is written, the other is encoded."""
 
@@ -113,8 +115,15 @@ def _score_units(task: _Task, opened: Snapshot, units: pa.Table, cluster: Cluste
     blocks = [units.slice(start, size) for start in range(0, len(units), size)]
     # One copy a node, which its actors share.
     labels = ray.put(pq.read_table(opened.file(LABELS), columns=["uid", "text"]).combine_chunks())
-    with ShardPool(task.memory, opened) as pool:
+    with ShardPool(task.memory, opened, cpus=_shard_cpus(opened.manifest.shards, cluster)) as pool:
         yield from map_units(blocks, _UnitScorer, (task, pool, labels), cluster, UNITS_AT_A_TIME)
+
+
+def _shard_cpus(shards: int, cluster: ClusterSection) -> float:
+    """CPUs that each shard actor reserves: as ever, or less where that would leave none to an encoder actor, which
+    would be waited for for ever. It searches with one thread in any case."""
+    spare = ray.cluster_resources().get("CPU", 0) - cluster.cpus_per_worker  # type: ignore[no-untyped-call]  # Ray's
+    return min(SHARD_CPUS, max(0.01, spare / shards))
 
 
 def _threads(cluster: ClusterSection) -> int:

@@ -5,7 +5,8 @@ import sys
 
 CORE = (
     "recipe corpus encoder objective predict metrics files ragged answer local evaluation progress supervise "
-    "inputs rows units predictions score_job memory.snapshot memory.index memory.hits memory.shard memory.write train.loop train.mining"
+    "inputs rows units predictions score_job "
+    "memory.snapshot memory.index memory.hits memory.shard memory.write train.loop train.mining"
 )
 
 

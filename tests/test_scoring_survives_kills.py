@@ -27,7 +27,7 @@ from raexmc_ray.recipe import ClusterSection
 from raexmc_ray.score import score
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
-ROWS, PARTS, K = 20_000, 20, 5
+ROWS, PARTS, K = 10_000, 10, 5
 
 
 class Undisturbed:
@@ -38,7 +38,7 @@ class Undisturbed:
         self.inputs.mkdir()
         rng = np.random.default_rng(0)
         words = [f"w{number}" for number in range(3000)]
-        texts = [" ".join(rng.choice(words, 4)) if row % 1500 else None for row in range(ROWS)]
+        texts = [" ".join(rng.choice(words, 4)) if row % 750 else None for row in range(ROWS)]
         half = ROWS // 2
         pq.write_table(
             pa.table({"id": [f"p{i}" for i in range(half)], "text": texts[:half]}), self.inputs / "a.parquet"
