@@ -183,6 +183,8 @@ def map_units(
             min_size=1,
             max_size=encoders,
             initial_size=encoders,
+            # None waits in the queue of an actor while another has nothing to do.
+            max_tasks_in_flight_per_actor=blocks_at_a_time,
             max_concurrent_calls_per_actor=blocks_at_a_time,
             enable_true_multi_threading=blocks_at_a_time > 1,
         ),

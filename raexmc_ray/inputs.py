@@ -4,6 +4,7 @@ object store. Files are named here, and not opened: `units.py` reads them."""
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -56,7 +57,7 @@ def find_inputs(inputs: Sequence[str], output: Folder | None = None) -> list[Inp
     """
     found: dict[str, InputFile] = {}
     for given in inputs:
-        root = Folder.at(given)
+        root = _root(given)
         try:
             files = [file for file in _expand(root) if not _is_under(file, output)]
         except OSError as error:
@@ -65,6 +66,13 @@ def find_inputs(inputs: Sequence[str], output: Folder | None = None) -> list[Inp
             raise ValueError(f"{root}: there is no file in it that ends in {', '.join(KINDS)}")
         found |= {str(file): file for file in files}
     return [found[name] for name in sorted(found)]
+
+
+def _root(given: str) -> Folder:
+    """Where an input begins; a link keeps its name, which says what is in the file."""
+    if "://" in given:
+        return Folder.at(given)
+    return Folder(pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(given)))
 
 
 def _expand(root: Folder) -> Iterator[InputFile]:

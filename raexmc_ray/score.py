@@ -92,7 +92,7 @@ def score(
     cut = cut_files(files, columns)
     total = sum(part.rows for part in cut)
     if not total:
-        raise ValueError(f"{', '.join(map(str, inputs))}: there is no row in it: nothing to score")
+        raise ValueError(f"{', '.join(map(str, files[:3]))}: there is no row in it: nothing to score")
     if is_new:  # a job that was refused leaves nothing behind
         (output / JOB).write(job.model_dump_json(indent=1, by_alias=True).encode() + b"\n")
     units = missing_units(output, cut)

@@ -133,6 +133,8 @@ def test_files_are_found_by_name_glob_and_folder_in_any_order(tmp_path: Path) ->
     assert names("[ab].*") == ["a.txt", "b.jsonl"]
     assert names("**/*.txt*") == ["a.txt", "sub/deep/d.txt.gz"]
     assert names("su*") == everything[2:]
+    (tmp_path / "link.txt").symlink_to(tmp_path / "g.csv")
+    assert names("link.txt") == ["link.txt"]
     assert names("sub/_hidden/e.txt") == names("su*/_hidden/*") == ["sub/_hidden/e.txt"]
     for wrong, says in (
         ("none.txt", "no such file or folder"),
