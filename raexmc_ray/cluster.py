@@ -47,3 +47,8 @@ def connected(*, dashboard: bool = False, existing: bool = False) -> Iterator[No
         yield
     finally:
         ray.shutdown()
+
+
+def count_gpus() -> int:
+    """GPUs of the cluster; one where it has none yet, for a cluster that grows."""
+    return max(1, int(ray.cluster_resources().get("GPU", 1)))  # type: ignore[no-untyped-call]  # Ray's

@@ -27,9 +27,10 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
-from raexmc_ray.inputs import digest_texts, read_texts
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import ClusterSection, EncoderSection
+from raexmc_ray.rows import Columns
+from raexmc_ray.units import read_texts
 
 UNIT_KEYS = 4096
 """Keys in a unit."""
@@ -134,21 +135,19 @@ def embed_files(
     encoder: str,
     section: EncoderSection,
     cluster: ClusterSection,
+    columns: Columns = Columns(),  # noqa: B008  # it is frozen
     *,
     dtype: str = "float32",
-    id_column: str = "id",
-    text_column: str = "text",
 ) -> Embeddings:
     """Embed the texts of any files under `output`, which gets embeddings/KEY/unit-*.arrow (key_id, embedding) and
     ids.parquet (key_id, id) beside them. The same command goes on where it was stopped.
 
-    inputs: as `read_texts` takes them, local. encoder: folder, hub name or `package:NAME`.
+    inputs: as `find_inputs` takes them, in the order of their names. encoder: folder, hub name or `package:NAME`.
     """
-    tables = [read_texts(Path(path), id_column, text_column) for path in inputs]
+    table = read_texts(inputs, columns)
     staged = stage_encoder(output, encoder, section)
-    identity = "\0".join([staged.name, dtype, *map(digest_texts, tables)])
+    identity = "\0".join([staged.name, dtype, _digest(table)])
     folder = output / "embeddings" / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    table = pa.concat_tables(tables)
     table = table.add_column(0, "key_id", pa.array(np.arange(len(table))))
     sink = pa.BufferOutputStream()
     pq.write_table(table.select(["key_id", "id"]), sink)
@@ -159,20 +158,36 @@ def embed_files(
 
 
 def map_units(
-    blocks: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], cluster: ClusterSection
+    blocks: Sequence[pa.Table],
+    worker: type,
+    arguments: tuple[Any, ...],
+    cluster: ClusterSection,
+    blocks_at_a_time: int = 1,
 ) -> Iterator[int]:
     """Hand each block whole to one of a pool of encoder actors; gives the rows done as they are done.
 
+    The pool begins with `cluster.encoders` actors, as far as there is room for them, and works with one at least.
+
     worker: class whose instances, made with `arguments`, map a block to {"rows": [number]}, or to {"error": [what is
     wrong with it]}, which is raised here as a ValueError: of an exception in there Ray Data keeps the traces only.
+    blocks_at_a_time: an instance is called by so many threads.
     """
     quiet_data()
+    encoders = min(cluster.encoders, len(blocks))
     done = ray.data.from_arrow(list(blocks)).map_batches(
         worker,
         fn_constructor_args=arguments,
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(cluster.encoders, len(blocks))),
+        compute=ActorPoolStrategy(
+            min_size=1,
+            max_size=encoders,
+            initial_size=encoders,
+            # None waits in the queue of an actor while another has nothing to do.
+            max_tasks_in_flight_per_actor=blocks_at_a_time,
+            max_concurrent_calls_per_actor=blocks_at_a_time,
+            enable_true_multi_threading=blocks_at_a_time > 1,
+        ),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=1 if cluster.gpu else 0,
         ray_remote_args_fn=_bounded_retries,
@@ -239,6 +254,14 @@ def quiet_data() -> None:
 def _bounded_retries() -> dict[str, int]:
     """Options of an actor in a pool. Ray Data would start a crashing one again for ever; this ends the job."""
     return {"max_restarts": 3, "max_task_retries": 3}
+
+
+def _digest(texts: pa.Table) -> str:
+    """sha256 over ids and texts, and where each begins."""
+    digest = hashlib.sha256()
+    for name in ("id", "text"):
+        digest.update("\0".join(texts[name].to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def _unit_file(unit: int) -> str:

@@ -1,55 +1,127 @@
-"""Texts to label or to embed, from Parquet, JSON-lines and text files."""
+"""Which files are read: Parquet, JSON-lines and text files, by name, by glob or by folder, on this machine or on an
+object store. Files are named here, and not opened: `units.py` reads them."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.json
-import pyarrow.parquet as pq
+import pyarrow.fs as pafs
+from fsspec.implementations.arrow import ArrowFSWrapper
 
-SUFFIXES = (".parquet", ".json", ".jsonl", ".txt")
+from raexmc_ray.files import Folder
+
+Kind = Literal["parquet", "json", "text"]
+KINDS: dict[str, Kind] = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".json.gz": "json",
+    ".jsonl.gz": "json",
+    ".txt": "text",
+    ".txt.gz": "text",
+}
+"""By the end of a file's name. JSON is an object a line; a text file has a text a line."""
+GLOB = "*?["
+logger = logging.getLogger("raexmc_ray")
 
 
-def read_texts(path: Path, id_column: str = "id", text_column: str = "text") -> pa.Table:
-    """(id: string, text: string) of a file's rows; a text file has a text a line, and its number as the id.
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read, as it was when it was listed: its bytes, and when it was last written (ns since the epoch)."""
 
-    Raises ValueError that names the file, and the row and column where a text is empty.
+    file: Folder
+    kind: Kind
+    size: int
+    modified_ns: int
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is gzip."""
+        return self.file.path.endswith(".gz")
+
+
+def find_inputs(inputs: Sequence[str], output: Folder | None = None) -> list[InputFile]:
+    """The files that `inputs` name, each once, in the order of their names, whatever the order of `inputs`.
+
+    inputs: paths, `s3://` or `gs://` URLs of files, globs (`*`, `**`; on this machine also `?` and `[…]`) or folders,
+    which are searched to their last subfolder for names that end in one of `KINDS`. Hidden files and folders (`.name`,
+    `_name`) are passed over unless they are spelled out, and what lies under `output` is no input.
+    Raises ValueError that names the input in which there is nothing to read.
     """
-    suffix = next((s for s in SUFFIXES if path.name.removesuffix(".gz").endswith(s)), None)
-    if not path.is_file() or suffix is None:
-        raise ValueError(f"{path}: expected a file that exists and ends in {', '.join(SUFFIXES)} (or .gz after it)")
-    try:
-        table = pq.read_table(path) if suffix == ".parquet" else _read_text(path, suffix, id_column, text_column)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is torn, or no {suffix} file in UTF-8: {error}") from None
-    for column, flag in ((id_column, "--id-column"), (text_column, "--text-column")):
-        if column not in table.column_names:
-            raise ValueError(f"{path}: has no column {column!r}; it has {table.column_names}: name one by {flag}")
-    table = pa.table({"id": table[id_column].cast(pa.string()), "text": table[text_column].cast(pa.string())})
-    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(table["text"]), ""), True)
-    if pc.any(blank).as_py():
-        row = int(np.flatnonzero(np.asarray(blank))[0]) + 1
-        raise ValueError(f"{path}, row {row}, column {text_column!r}: the text is empty: drop the row")
-    return table
+    found: dict[str, InputFile] = {}
+    for given in inputs:
+        root = _root(given)
+        try:
+            files = [file for file in _expand(root) if not _is_under(file, output)]
+        except OSError as error:
+            raise ValueError(f"{root}: cannot be listed: {error}") from None
+        if not files:
+            raise ValueError(f"{root}: there is no file in it that ends in {', '.join(KINDS)}")
+        found |= {str(file): file for file in files}
+    return [found[name] for name in sorted(found)]
 
 
-def _read_text(path: Path, suffix: str, id_column: str, text_column: str) -> pa.Table:
-    """The rows of a text or JSON-lines file, compressed or not."""
-    with pa.input_stream(str(path), compression="detect") as stream:
-        content = stream.read()
-    if suffix != ".txt":
-        return pyarrow.json.read_json(pa.BufferReader(content))
-    texts = content.decode("utf-8").splitlines()
-    return pa.table({id_column: [str(i + 1) for i in range(len(texts))], text_column: texts})
+def _root(given: str) -> Folder:
+    """Where an input begins; a link keeps its name, which says what is in the file."""
+    if "://" in given:
+        return Folder.at(given)
+    return Folder(pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(given)))
 
 
-def digest_texts(table: pa.Table) -> str:
-    """sha256 over the ids and texts of a table of `read_texts`."""
-    digest = hashlib.sha256()
-    for name in ("id", "text"):
-        digest.update("\0".join(value or "" for value in table[name].to_pylist()).encode())
-    return digest.hexdigest()
+def _expand(root: Folder) -> Iterator[InputFile]:
+    info = root.filesystem.get_file_info(root.path)
+    if info.type == pafs.FileType.File:
+        if kind_of(info.path) is None:
+            raise ValueError(f"{root}: expected a file that ends in {', '.join(KINDS)}")
+        yield from _readable(root, [info])
+    elif info.type == pafs.FileType.Directory:
+        yield from _in_folder(root)
+    elif any(character in root.path for character in GLOB):
+        names = ArrowFSWrapper(root.filesystem).glob(root.path)
+        for info in _shown(root, root.filesystem.get_file_info(names)):
+            if info.type == pafs.FileType.Directory:
+                yield from _in_folder(Folder(root.filesystem, info.path))
+            else:
+                yield from _readable(root, [info])
+    else:
+        raise ValueError(f"{root}: there is no such file or folder")
+
+
+def _in_folder(folder: Folder) -> Iterator[InputFile]:
+    infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, recursive=True))
+    shown = [info for info in _shown(folder, infos) if info.type == pafs.FileType.File]
+    files = list(_readable(folder, shown))
+    if len(files) < len(shown):
+        logger.info("%s: passed over %s files of other kinds", folder, f"{len(shown) - len(files):,}")
+    yield from files
+
+
+def _shown(root: Folder, infos: Sequence[pafs.FileInfo]) -> Iterator[pafs.FileInfo]:
+    """Without those in whose path is a hidden name that `root` does not spell."""
+    spelled = set(root.path.split("/"))
+    for info in infos:
+        if not any(part.startswith((".", "_")) and part not in spelled for part in info.path.split("/")):
+            yield info
+
+
+def _readable(root: Folder, infos: Sequence[pafs.FileInfo]) -> Iterator[InputFile]:
+    for info in infos:
+        kind = kind_of(info.path)
+        if kind:
+            yield InputFile(Folder(root.filesystem, info.path), kind, info.size, info.mtime_ns)
+
+
+def kind_of(path: str) -> Kind | None:
+    """What a file of this name is read as; None where it is not."""
+    return next((kind for suffix, kind in KINDS.items() if path.endswith(suffix)), None)
+
+
+def _is_under(file: InputFile, folder: Folder | None) -> bool:
+    return folder is not None and str(file).startswith(f"{folder}/")

@@ -1,105 +1,218 @@
 """Ray Data: label whole data sets offline, in units that are computed once.
 
-Input rows are cut into units of one file each; a unit's predictions are written to a Parquet file of its own in
-one atomic step, so a run that was stopped computes only what is missing, and input order, the number of actors
-and restarts change nothing in the answers.
+A unit is so many rows of one input file (units.py). An encoder actor reads it, encodes it, asks the shard actors, and
+writes its part of the output (score_job.py) in one atomic step; the driver holds names and numbers, never rows.
+
+A unit is one batch for the encoder and for the shards whoever does it, with so many threads whatever the number of
+actors, and files are numbered in the order of their names: so input order, the number of actors and restarts change
+nothing in the answers, to the bit on one kind of hardware.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.json
 import pyarrow.parquet as pq
+import ray
 
 from raexmc_ray.embed import map_units
 from raexmc_ray.encoder import use_hardware
 from raexmc_ray.files import Folder
-from raexmc_ray.inputs import digest_texts, read_texts
-from raexmc_ray.memory.pool import ShardPool
-from raexmc_ray.memory.snapshot import LABELS, open_snapshot
-from raexmc_ray.predict import aggregate
+from raexmc_ray.inputs import InputFile, find_inputs
+from raexmc_ray.memory.pool import ShardPool, ShardUnavailableError
+from raexmc_ray.memory.snapshot import LABELS, Snapshot, open_snapshot
+from raexmc_ray.predict import aggregate, vote_evidence
+from raexmc_ray.predictions import no_predictions, predictions_table, rejected_table
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import ClusterSection, PredictionSection
+from raexmc_ray.rows import Columns, Rejected, UnitRows
+from raexmc_ray.score_job import (
+    JOB,
+    PREDICTED,
+    REJECTED,
+    SUMMARY,
+    Job,
+    JobInput,
+    Summary,
+    check_output,
+    missing_units,
+    part_name,
+    summarise,
+)
+from raexmc_ray.units import UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
 
-UNIT_ROWS = 1024
-"""Input rows in a unit: one output file."""
+BLOCKS = 4096
+"""Pieces of work that Ray Data is given at most: a unit each, or several in a row where there are more units."""
+SHARD_CPUS = 0.25
+"""What a shard actor reserves: most of the time it waits for the encoders."""
+UNITS_AT_A_TIME = 2
+"""In an actor: while one of them waits for the shards, or is written, the other is encoded."""
 
 
 def score(
     memory: Folder,
-    inputs: list[str],
+    inputs: Sequence[str],
     output: Folder,
     settings: PredictionSection,
     cluster: ClusterSection,
+    columns: Columns = Columns(),  # noqa: B008  # it is frozen
     *,
-    id_column: str = "id",
-    text_column: str = "text",
-) -> int:
-    """Write the best k labels of every input row under `output`; returns the number of rows.
+    evidence: int = 0,
+    snapshot: str | None = None,
+) -> Summary:
+    """Write the best k labels of every input row under `output`, as score_job.py lays it out.
 
-    inputs: Parquet, JSON-lines or text files (a text a line; its id is the line number). Each output file is
-    Parquet: id, labels list<int64>, label_uids list<string>, scores list<float32>; settings and snapshot id
-    stand in the schema's metadata. Raises ValueError that names the file and row of a text that is no text.
+    inputs: what `find_inputs` takes. Parts have the schema PREDICTIONS, with `evidence` keys a label in one more column
+    where that is not 0; snapshot, settings and input stand in the schema's metadata. snapshot: of the memory, in place
+    of the current one. Run again, it computes the units that are missing.
+    Raises ValueError before the work begins where an input cannot be read or has not these columns, and where `output`
+    is another job's. A row that cannot be scored stops nothing: it is written to rejected/ with its reason.
     """
-    opened = open_snapshot(memory)
-    metadata = {"snapshot": opened.manifest.id, "settings": settings.model_dump_json(by_alias=True)}
-    tables = [read_texts(Path(path), id_column, text_column) for path in inputs]
-    identity = json.dumps([metadata, [digest_texts(table) for table in tables]])
-    parts = output / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    done = set(parts.names())
-    blocks, total, finished = [], sum(len(table) for table in tables), 0
-    for number, table in enumerate(tables):
-        for start in range(0, len(table), UNIT_ROWS):
-            name = f"part-{number:05d}-{start // UNIT_ROWS:06d}.parquet"
-            unit = table.slice(start, UNIT_ROWS).combine_chunks()
-            if name in done:
-                finished += len(unit)
-            else:
-                blocks.append(unit.append_column("unit", pa.array([name] * len(unit))))
-    with ShardPool(memory, opened) as pool, Progress("score", total, "rows", done=finished) as progress:
-        if blocks:
-            arguments = (memory, opened.manifest.id, pool, parts, settings, metadata, cluster)
-            for rows in map_units(blocks, _UnitScorer, arguments, cluster):
+    started = time.monotonic()
+    opened = open_snapshot(memory, snapshot)
+    files = find_inputs(inputs, output)
+    job = Job(
+        snapshot=opened.manifest.id,
+        settings=settings,
+        evidence=evidence,
+        id_column=columns.id,
+        text_column=columns.text,
+        unit_rows=UNIT_ROWS,
+        device="gpu" if cluster.gpu else f"cpu, threads: {_threads(cluster)}",
+        inputs=[JobInput(file=str(file), size=file.size, modified_ns=file.modified_ns) for file in files],
+    )
+    is_new = check_output(output, job)
+    cut = cut_files(files, columns)
+    total = sum(part.rows for part in cut)
+    if not total:
+        raise ValueError(f"{', '.join(map(str, files[:3]))}: there is no row in it: nothing to score")
+    if is_new:  # a job that was refused leaves nothing behind
+        (output / JOB).write(job.model_dump_json(indent=1, by_alias=True).encode() + b"\n")
+    units = missing_units(output, cut)
+    if not len(units) and (output / SUMMARY).size() is not None:
+        return Summary.model_validate_json((output / SUMMARY).read())
+    task = _Task(memory, output, files, columns, job, _threads(cluster))
+    done = 0
+    if len(units):
+        todo = int(np.sum(units["rows"]))
+        with Progress("score", total, "rows", done=total - todo) as progress:
+            for rows in _score_units(task, opened, units, cluster):
+                done += rows
                 progress.add(rows)
-    return total
+    return summarise(output, job, cut, done, time.monotonic() - started)
+
+
+def _score_units(task: _Task, opened: Snapshot, units: pa.Table, cluster: ClusterSection) -> Iterator[int]:
+    """Score these units; gives the rows that are done as they are done."""
+    size = math.ceil(len(units) / BLOCKS)
+    blocks = [units.slice(start, size) for start in range(0, len(units), size)]
+    # One copy a node, which its actors share.
+    labels = ray.put(pq.read_table(opened.file(LABELS), columns=["uid", "text"]).combine_chunks())
+    with ShardPool(task.memory, opened, cpus=_shard_cpus(opened.manifest.shards, cluster)) as pool:
+        yield from map_units(blocks, _UnitScorer, (task, pool, labels), cluster, UNITS_AT_A_TIME)
+
+
+def _shard_cpus(shards: int, cluster: ClusterSection) -> float:
+    """CPUs that each shard actor reserves: as ever, or less where that would leave none to an encoder actor, which
+    would be waited for for ever. It searches with one thread in any case."""
+    spare = ray.cluster_resources().get("CPU", 0) - cluster.cpus_per_worker  # type: ignore[no-untyped-call]  # Ray's
+    return min(SHARD_CPUS, max(0.01, spare / shards))
+
+
+def _threads(cluster: ClusterSection) -> int:
+    return max(1, int(cluster.cpus_per_worker))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every encoder actor of a job is told."""
+
+    memory: Folder
+    output: Folder
+    files: list[InputFile]
+    columns: Columns
+    job: Job
+    threads: int
 
 
 class _UnitScorer:
-    """An actor that encodes a unit, searches the shard actors, and writes the predictions."""
+    """An actor that reads units, encodes them, asks the shard actors, and writes what comes of it."""
 
-    def __init__(
-        self,
-        memory: Folder,
-        snapshot: str,
-        pool: ShardPool,
-        output: Folder,
-        settings: PredictionSection,
-        metadata: dict[str, str],
-        cluster: ClusterSection,
-    ) -> None:
-        opened = open_snapshot(memory, snapshot)
-        self._encoder = use_hardware(opened.encoder(), int(cluster.cpus_per_worker))
-        self._label_uids = pq.read_table(opened.file(LABELS))["uid"].combine_chunks()
-        self._pool, self._output, self._settings, self._metadata = pool, output, settings, metadata
+    def __init__(self, task: _Task, pool: ShardPool, labels: Any) -> None:
+        self._encoder = use_hardware(open_snapshot(task.memory, task.job.snapshot).encoder(), task.threads)
+        self._encoding = threading.Lock()
+        self._task, self._pool, self._labels = task, pool, ray.get(labels)
+        self._of_thread = threading.local()
 
-    def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:
-        settings = self._settings
-        queries_BD = self._encoder.encode(unit["text"].to_pylist())
+    def __call__(self, units: pa.Table) -> dict[str, np.ndarray]:
+        try:
+            rows = [self._do(Unit(**unit)) for unit in units.to_pylist()]
+        except (UnreadableError, ShardUnavailableError) as error:
+            return {"error": np.array([str(error)])}
+        return {"rows": np.array([sum(rows)])}
+
+    def _do(self, unit: Unit) -> int:
+        output, name = self._task.output, part_name(unit.file, unit.number)
+        if (output / PREDICTED / name).size() is not None:  # by an actor that died before it could say so
+            return unit.rows
+        file, job = self._task.files[unit.file], self._task.job
+        metadata = {
+            "snapshot": job.snapshot,
+            "settings": job.model_dump_json(by_alias=True, exclude={"inputs"}),
+            "input": job.inputs[unit.file].model_dump_json(),
+            "first_row": str(unit.first + 1),
+        }
+        predicted, rejected = self._predict(unit, metadata)
+        if rejected:  # before its predictions: a unit is done once they are there
+            _write(output / REJECTED / name, rejected_table(str(file), rejected, metadata))
+        _write(output / PREDICTED / name, predicted)
+        return unit.rows
+
+    def _predict(self, unit: Unit, metadata: dict[str, str]) -> tuple[pa.Table, list[Rejected]]:
+        """The unit's predictions, and those of its rows that have none."""
+        rows, settings, evidence = self._reader.read(unit), self._task.job.settings, self._task.job.evidence
+        if rows.texts:
+            with self._encoding:
+                queries_BD = self._encoder.encode(rows.texts)
+            rows, queries_BD = _drop_broken(rows, queries_BD)
+        if not rows.texts:
+            return no_predictions(evidence > 0, metadata), rows.rejected
         hits = self._pool.search(queries_BD, settings.neighbours)
-        found = aggregate(hits, lambda_=settings.lambda_, temperature=settings.temperature, k=settings.k)
-        kept = found.labels_Bk >= 0
-        offsets = np.concatenate([[0], np.cumsum(kept.sum(1))]).astype(np.int32)
-        labels, scores = pa.array(found.labels_Bk[kept]), pa.array(found.scores_Bk[kept])
-        columns = {"labels": labels, "label_uids": self._label_uids.take(labels), "scores": scores}
-        table = pa.table(
-            {"id": unit["id"]} | {n: pa.ListArray.from_arrays(offsets, values) for n, values in columns.items()}
-        ).replace_schema_metadata(self._metadata)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        (self._output / unit["unit"][0].as_py()).write(sink.getvalue())
-        return {"rows": np.array([len(unit)])}
+        lambda_, temperature = settings.lambda_, settings.temperature
+        found, votes = aggregate(hits, lambda_=lambda_, temperature=temperature, k=settings.k), None
+        if evidence:
+            voted = vote_evidence(hits, found, lambda_=lambda_, temperature=temperature, keys=evidence)
+            votes = voted, self._pool.key_rows(voted.key_ids)
+        return predictions_table(rows.ids, found, self._labels, votes, metadata), rows.rejected
+
+    @property
+    def _reader(self) -> UnitReader:
+        """This thread's own, with its own place in a file."""
+        if not hasattr(self._of_thread, "reader"):
+            self._of_thread.reader = UnitReader(self._task.files, self._task.columns)
+        return self._of_thread.reader
+
+
+def _drop_broken(rows: UnitRows, queries_BD: np.ndarray) -> tuple[UnitRows, np.ndarray]:
+    """Without the rows whose embedding is not finite, which are rejected."""
+    finite = np.isfinite(queries_BD).all(1)
+    if finite.all():
+        return rows, queries_BD
+    reason = "the encoder's embedding of the text is not finite"
+    broken = [Rejected(rows.numbers[i], rows.ids[i], reason) for i in np.flatnonzero(~finite)]
+    kept = np.flatnonzero(finite).tolist()
+    numbers, ids, texts = [rows.numbers[i] for i in kept], [rows.ids[i] for i in kept], [rows.texts[i] for i in kept]
+    return UnitRows(numbers, ids, texts, sorted([*rows.rejected, *broken])), queries_BD[finite]
+
+
+def _write(file: Folder, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    file.write(sink.getvalue())

@@ -80,6 +80,20 @@ def tiny_run(ray_cluster: str, tiny_corpus: Path, tmp_path_factory: pytest.TempP
     return recipe
 
 
+@pytest.fixture(scope="session")
+def small_memory(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A memory of three shards over the tiny corpus and an encoder of one layer, made in this process."""
+    from helpers import tiny_encoder
+
+    import raexmc_ray
+    from raexmc_ray.corpus import read_corpus
+    from raexmc_ray.recipe import MemorySection
+
+    folder = tmp_path_factory.mktemp("small") / "memory"
+    raexmc_ray.build(read_corpus(tiny_corpus), tiny_encoder(), folder, MemorySection(shards=3))
+    return folder
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
@@ -98,11 +112,11 @@ def served(tiny_run: Recipe) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_texts(tiny_run: Recipe) -> list[str]:
+def tiny_texts(tiny_corpus: Path) -> list[str]:
     """Texts of the test part."""
     from raexmc_ray.corpus import read_corpus
 
-    return read_corpus(tiny_run.corpus.path).test.texts["text"].to_pylist()
+    return read_corpus(tiny_corpus).test.texts["text"].to_pylist()
 
 
 def kill_rounds(name: str, short: int = 1, soak: int = 20) -> Iterator[int]:

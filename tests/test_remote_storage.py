@@ -11,6 +11,8 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import corpus_of, random_relevance, tiny_encoder, write_tiny_corpus
 
@@ -22,7 +24,8 @@ from raexmc_ray.memory.build import build
 from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.pool import open_in_actors
 from raexmc_ray.memory.snapshot import SnapshotError, list_snapshots, publish_current
-from raexmc_ray.recipe import MemorySection, PredictionSection, Recipe
+from raexmc_ray.recipe import ClusterSection, MemorySection, PredictionSection, Recipe
+from raexmc_ray.score import score
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +99,29 @@ def test_a_cluster_builds_on_s3_and_its_actors_answer_from_there(bucket: str, tm
     memory, pool = open_in_actors(Folder.at(remote.cluster.storage) / "memory")
     with pool:
         assert memory.predict(["text number 2"], evidence=2) == expected
+
+
+@pytest.mark.ray
+def test_files_on_s3_are_scored_to_s3(bucket: str, small_memory: Path, tmp_path: Path, ray_cluster: str) -> None:
+    texts = ["vim: editor", "", "emacs: editor"]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    pq.write_table(pa.table({"id": texts, "text": texts}), tmp_path / "b.parquet")
+    Folder.at(bucket.format("texts/sub")).upload(tmp_path)
+    outputs = bucket.format("scored"), str(tmp_path / "scored")
+    found = []
+    for given, output in zip(
+        ([bucket.format("texts/*/*.txt"), bucket.format("texts")], [str(tmp_path)]), outputs, strict=True
+    ):
+        summary = score(
+            Folder.at(small_memory), given, Folder.at(output), PredictionSection(k=3), ClusterSection(encoders=1)
+        )
+        assert (summary.scored, summary.rejected) == (4, {"the id is empty": 1, "the text is empty": 1})
+        tables = {}
+        for kind in ("predictions", "rejected"):
+            for name in (Folder.at(output) / kind).names():
+                table = pq.read_table(pa.BufferReader((Folder.at(output) / kind / name).read()))
+                tables[kind, name] = table.drop_columns(["file"]) if kind == "rejected" else table
+        found.append(tables)
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+    assert "secret" not in (Folder.at(outputs[0]) / "job.json").read().decode()

@@ -1,9 +1,11 @@
-"""Offline scoring gives the library's answers, each row once, and goes on where it was stopped."""
+"""Offline scoring gives the library's answers, each row once, the same whoever computes it, and goes on where it was
+stopped; what cannot be scored is said, and stops nothing."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,68 +14,132 @@ import pyarrow.parquet as pq
 import pytest
 
 import raexmc_ray
-from raexmc_ray import score as score_module
-from raexmc_ray.corpus import read_corpus
+from raexmc_ray import score_job, units
 from raexmc_ray.files import Folder
-from raexmc_ray.recipe import Recipe
+from raexmc_ray.recipe import ClusterSection, PredictionSection
 from raexmc_ray.score import score
+from raexmc_ray.score_job import Summary
 
-pytestmark = pytest.mark.ray
-
-
-def run(recipe: Recipe, inputs: list[Path], output: Path) -> dict[Path, bytes]:
-    rows = score(
-        Folder.at(recipe.cluster.storage) / "memory",
-        [str(path) for path in inputs],
-        Folder.at(output),
-        recipe.prediction,
-        recipe.cluster,
-    )
-    files = {path: path.read_bytes() for path in sorted(output.rglob("*.parquet"))}
-    assert sum(len(pq.read_table(path)) for path in files) == rows
-    return files
+SETTINGS = PredictionSection(k=5, temperature=0.08)
 
 
-def test_scores_equal_the_librarys_and_a_rerun_computes_what_is_missing(
-    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def run(memory: Path, inputs: list[str | Path], output: Path, encoders: int = 2, evidence: int = 2) -> Summary:
+    cluster = ClusterSection(encoders=encoders)
+    places = [str(given) for given in inputs]
+    return score(Folder.at(memory), places, Folder.at(output), SETTINGS, cluster, evidence=evidence)
+
+
+def parts(output: Path) -> dict[str, bytes]:
+    """{file: bytes} of what a job computes."""
+    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.parquet"))}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the test texts in two files, four units of them, and three rows that cannot be scored."""
+    monkeypatch.setattr(units, "UNIT_ROWS", 16)
+    folder = tmp_path / "inputs"
+    (folder / "sub").mkdir(parents=True)
+    ids = [f"a{i}" for i in range(len(tiny_texts))]
+    pq.write_table(pa.table({"id": ids, "text": [*tiny_texts[:-1], None]}), folder / "sub/a.parquet", row_group_size=10)
+    lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(tiny_texts[:20])]
+    lines[16:18] = ['{"id": "x", "text": ""}', "{"]
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    return folder
+
+
+@pytest.mark.ray
+def test_scores_equal_the_librarys_whoever_computes_them(
+    ray_cluster: str, small_memory: Path, inputs: Path, tiny_texts: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(score_module, "UNIT_ROWS", 16)
-    texts = read_corpus(tiny_run.corpus.path).test.texts["text"].to_pylist()
-    table, lines = tmp_path / "a.parquet", tmp_path / "b.jsonl"
-    pq.write_table(pa.table({"id": [f"a{i}" for i in range(len(texts))], "text": texts}), table)
-    lines.write_text("".join(json.dumps({"id": f"b{i}", "text": t}) + "\n" for i, t in enumerate(texts[:5])))
-    files = run(tiny_run, [table, lines], tmp_path / "out")
-    assert len(files) == 4
+    output = tmp_path / "out"
+    summary = run(small_memory, [inputs / "sub/a.parquet", inputs / "b.jsonl.gz"], output)
+    memory = raexmc_ray.open(small_memory)
+    assert (summary.rows, summary.scored, summary.files, summary.parts) == (60, 57, 2, 5)
+    assert summary.rejected == {"the line is not JSON": 1, "the text is empty": 1, "the text is null": 1}
+    assert summary == Summary.model_validate_json((output / "summary.json").read_bytes())
+    assert str(summary).startswith("57 of 60 rows scored, 3 rejected (1 the line is not JSON, ")
 
-    first = pq.read_table(next(iter(files)))
-    memory = raexmc_ray.open(f"{tiny_run.cluster.storage}/memory")
-    assert first.schema.metadata[b"snapshot"].decode() == memory.manifest.id
-    for row, labels in zip(first.to_pylist(), memory.predict(texts[:16]), strict=True):
+    found = pq.read_table(output / "predictions")
+    texts = [*tiny_texts[:16], *tiny_texts[18:20], *tiny_texts[:-1]]  # b.jsonl.gz comes before sub/
+    expected = memory.predict(texts, k=5, temperature=0.08, evidence=2)
+    assert found["id"].to_pylist() == [str(i) for i in (*range(16), 18, 19)] + [f"a{i}" for i in range(39)]
+    for row, labels in zip(found.to_pylist(), expected, strict=True):
+        assert row["labels"] == [label.label for label in labels]
         assert row["label_uids"] == [label.uid for label in labels]
+        assert row["label_texts"] == [label.text for label in labels]
         assert np.allclose(row["scores"], [label.score for label in labels], atol=1e-5)
+        for votes, label in zip(row["evidence"], labels, strict=True):
+            for vote, key in zip(votes, label.evidence or [], strict=True):
+                exact = {name: value for name, value in key.model_dump().items() if name not in ("similarity", "share")}
+                assert exact.items() <= vote.items()
+                assert np.allclose([vote["similarity"], vote["share"]], [key.similarity, key.share], atol=1e-5)
+    part = pq.read_schema(output / "predictions/part-00001-000002.parquet").metadata
+    assert part[b"snapshot"].decode() == memory.manifest.id
+    assert json.loads(part[b"settings"])["settings"]["k"] == 5
+    assert json.loads(part[b"input"])["file"] == str(inputs / "sub/a.parquet")
+    assert part[b"first_row"] == b"33"
+    rejected = pq.read_table(output / "rejected").to_pylist()
+    assert [(Path(row["file"]).name, row["row"], row["id"], row["reason"]) for row in rejected] == [
+        ("b.jsonl.gz", 17, "x", "the text is empty"),
+        ("b.jsonl.gz", 18, None, "the line is not JSON"),
+        ("a.parquet", 40, "a39", "the text is null"),
+    ]
 
-    lost = next(iter(files))
-    lost.unlink()
-    assert run(tiny_run, [table, lines], tmp_path / "out") == files
+    whole, again = parts(output), tmp_path / "again"
+    shutil.copytree(output, again)  # as a run would leave it that was killed after one part
+    kept = again / "predictions/part-00001-000001.parquet"
+    for path in [again / "summary.json", *again.rglob("*.parquet")]:
+        if path != kept:
+            path.unlink()
+    before = kept.stat().st_mtime_ns
+    gone_on = run(small_memory, [f"{inputs}/*/*.parquet", inputs / "b.jsonl.gz"], again, encoders=1)
+    assert parts(again) == whole, "neither order nor number of actors matter"
+    assert kept.stat().st_mtime_ns == before, "what was there is not computed again"
+    assert gone_on.last_run.rows == 60 - 16
+    assert gone_on.model_copy(update={"last_run": summary.last_run}) == summary
+    assert run(small_memory, [inputs], again) == gone_on, "nothing is left to do"
 
 
-def test_bad_input_is_refused_by_name(tiny_run: Recipe, tmp_path: Path) -> None:
-    blank = tmp_path / "blank.jsonl"
-    blank.write_text('{"id": "1", "text": "vim"}\n{"id": "2", "text": " "}\n')
-    with pytest.raises(ValueError, match=r"blank.jsonl, row 2, column 'text'"):
-        run(tiny_run, [blank], tmp_path / "out")
-    wrong = tmp_path / "wrong.jsonl"
-    wrong.write_text('{"name": "1"}\n')
-    with pytest.raises(ValueError, match="--id-column"):
-        run(tiny_run, [wrong], tmp_path / "out")
-    for name, content in (
-        ("torn.parquet", b"PAR1 and then nothing"),
-        ("torn.txt.gz", gzip.compress(b"vim\n" * 100)[:-12]),
-        ("latin1.txt", "Café\n".encode("latin-1")),
-        ("torn.jsonl", b'{"id": "1", "te'),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: is torn, or no"):
-            run(tiny_run, [tmp_path / name], tmp_path / "out")
-    with pytest.raises(ValueError, match="expected a file"):
-        run(tiny_run, [tmp_path / "none.parquet"], tmp_path / "out")
+def test_an_output_holds_one_job(
+    small_memory: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match="no such file"):
+        run(small_memory, [inputs, tmp_path / "none.txt"], output)
+    (inputs / "torn.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"torn\.parquet: is torn"):
+        run(small_memory, [inputs], output)
+    assert not output.exists(), "a job that is refused leaves nothing behind"
+    (inputs / "torn.parquet").unlink()
+    (tmp_path / "empty.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match="there is no row"):
+        run(small_memory, [tmp_path / "empty.txt"], output)
+
+    monkeypatch.setattr("raexmc_ray.score._score_units", lambda *_: iter(()))  # killed before the first unit
+    with pytest.raises(ValueError, match="5 parts were removed"):
+        run(small_memory, [inputs], output)
+    with pytest.raises(ValueError, match=r"is of another job: evidence was 2, and is 0: give another --output"):
+        run(small_memory, [inputs], output, evidence=0)
+    with pytest.raises(ValueError, match=r"the input .*/b\.jsonl\.gz is gone"):
+        run(small_memory, [inputs / "sub"], output)
+    (inputs / "c.txt").write_text("vim\n")
+    with pytest.raises(ValueError, match=r"the input .*/c\.txt is new"):
+        run(small_memory, [inputs], output)
+    (inputs / "c.txt").unlink()
+    (inputs / "b.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1, "text": "x"}'))
+    with pytest.raises(ValueError, match=r"the input .*/b\.jsonl\.gz changed"):
+        run(small_memory, [inputs], output)
+    job = score_job.Job.model_validate_json((output / "job.json").read_bytes())
+    (output / "job.json").write_text(job.model_copy(update={"snapshot": "0123456789abcdef"}).model_dump_json())
+    with pytest.raises(ValueError, match=r"snapshot was '0123456789abcdef', and is .*--snapshot 0123456789abcdef"):
+        run(small_memory, [inputs], output)
+    (output / "job.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"job\.json: is torn, or of another version"):
+        run(small_memory, [inputs], output)
+
+    foreign = tmp_path / "foreign/predictions/part.parquet"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"files in predictions or rejected, but no job\.json"):
+        run(small_memory, [inputs], tmp_path / "foreign")

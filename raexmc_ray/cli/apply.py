@@ -11,38 +11,45 @@ from raexmc_ray.cli.output import console, print_answer, print_plain
 
 def score(
     memory: Annotated[str, typer.Argument(help="Folder or URL of the memory.")],
-    inputs: Annotated[list[str], typer.Argument(help="Parquet, JSON-lines or text files.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the predictions (Parquet).")],
+    inputs: Annotated[list[str], typer.Argument(help="Parquet, JSON-lines and text files, globs, folders or URLs.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for predictions and rejected rows.")],
     k: Annotated[int | None, typer.Option(help="Labels for each text.")] = None,
     lambda_: Annotated[float | None, typer.Option("--lambda", help="1: instances only, 0: labels only.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the softmax over the neighbours.")] = None,
     neighbours: Annotated[int | None, typer.Option(help="Keys retrieved from the joint memory.")] = None,
+    evidence: Annotated[int, typer.Option(min=0, help="Keys named for each label.")] = 0,
+    snapshot: Annotated[str | None, typer.Option(help="Of the memory; its current one where left out.")] = None,
     id_column: Annotated[str, typer.Option(help="Column with the id of a row.")] = "id",
     text_column: Annotated[str, typer.Option(help="Column with the text of a row.")] = "text",
-    encoders: Annotated[int, typer.Option(help="Encoder actors.")] = 2,
+    encoders: Annotated[
+        int | None, typer.Option(min=1, help="Encoder actors at most: 2, or as many as there are GPUs.")
+    ] = None,
     gpu: Annotated[bool, typer.Option(help="Give each encoder actor a GPU.")] = False,
 ) -> None:
-    """Label whole files. Stopped, the same command goes on."""
-    from raexmc_ray.cluster import connected
+    """Label whole data sets. Stopped, the same command goes on."""
+    from raexmc_ray.cluster import connected, count_gpus
     from raexmc_ray.files import Folder
     from raexmc_ray.local import override
     from raexmc_ray.memory.snapshot import open_snapshot
     from raexmc_ray.recipe import ClusterSection
+    from raexmc_ray.rows import Columns
     from raexmc_ray.score import score
+    from raexmc_ray.score_job import PREDICTED
 
-    folder = Folder.at(memory)
-    settings = override(open_snapshot(folder).manifest.defaults, k, lambda_, temperature, neighbours)
+    folder, target = Folder.at(memory), Folder.at(output)
+    settings = override(open_snapshot(folder, snapshot).manifest.defaults, k, lambda_, temperature, neighbours)
     with connected():
-        rows = score(
+        summary = score(
             folder,
             inputs,
-            Folder.at(output),
+            target,
             settings,
-            ClusterSection(encoders=encoders, gpu=gpu),
-            id_column=id_column,
-            text_column=text_column,
+            ClusterSection(encoders=encoders or (count_gpus() if gpu else 2), gpu=gpu),
+            Columns(id_column, text_column),
+            evidence=evidence,
+            snapshot=snapshot,
         )
-    console.print(f"{rows:,} rows: {output}", soft_wrap=True)
+    console.print(f"{summary}: {target / PREDICTED}", soft_wrap=True, highlight=False)
 
 
 def query(

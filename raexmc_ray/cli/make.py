@@ -47,7 +47,7 @@ def build(
 
 
 def embed(
-    inputs: Annotated[list[str], typer.Argument(help="Parquet, JSON-lines or text files.")],
+    inputs: Annotated[list[str], typer.Argument(help="Parquet, JSON-lines and text files, globs, folders or URLs.")],
     encoder: Annotated[str, typer.Option(help="Any encoder: folder, hub name, package:NAME.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the embeddings.")],
     id_column: Annotated[str, typer.Option(help="Column with the id of a row.")] = "id",
@@ -62,6 +62,7 @@ def embed(
     from raexmc_ray.embed import embed_files
     from raexmc_ray.files import Folder
     from raexmc_ray.recipe import ClusterSection, EncoderSection
+    from raexmc_ray.rows import Columns
 
     with connected():
         done = embed_files(
@@ -70,8 +71,7 @@ def embed(
             encoder,
             EncoderSection(max_tokens=max_tokens),
             ClusterSection(encoders=encoders, gpu=gpu),
+            Columns(id_column, text_column),
             dtype="float16" if half else "float32",
-            id_column=id_column,
-            text_column=text_column,
         )
     console.print(f"{done.keys:,} embeddings: {done.folder}", soft_wrap=True)

@@ -15,7 +15,7 @@ from raexmc_ray.local import Memory
 from raexmc_ray.memory.hits import Hits, search_all
 from raexmc_ray.memory.index import Lists, use_threads
 from raexmc_ray.memory.plan import shard_bytes
-from raexmc_ray.memory.shard import Shard, join_keys
+from raexmc_ray.memory.shard import Shard, join_keys, key_rows
 from raexmc_ray.memory.snapshot import Snapshot, open_snapshot
 from raexmc_ray.recipe import Neighbours
 
@@ -85,6 +85,10 @@ class ShardPool:
     def keys(self, key_ids: np.ndarray) -> dict[int, dict[str, str]]:
         """{key id: {"kind", "uid", "text"}} of these keys."""
         return join_keys(self._call("keys", key_ids))
+
+    def key_rows(self, key_ids: np.ndarray) -> pa.Table:
+        """Rows (key_id, kind, uid, text), one for each of `key_ids`, which may be there more than once."""
+        return key_rows(self._call("keys", np.unique(key_ids)), key_ids)
 
     def close(self) -> None:
         """End the actors."""

@@ -107,6 +107,15 @@ def join_keys(parts: Sequence[pa.Table]) -> dict[int, dict[str, str]]:
     return dict(zip(table["key_id"].to_pylist(), rows, strict=True))
 
 
+def key_rows(parts: Sequence[pa.Table], key_ids: np.ndarray) -> pa.Table:
+    """The rows (key_id, kind, uid, text) of `key_ids`, in their order and as often as they are there, from what shards
+    gave for them."""
+    table = pa.concat_tables(parts).combine_chunks()
+    ids = table["key_id"].to_numpy()
+    order = np.argsort(ids)
+    return table.take(order[np.searchsorted(ids, key_ids, sorter=order)])
+
+
 class Shards(Protocol):
     """All shards of one snapshot, wherever they are: in this process, or in actors."""
 

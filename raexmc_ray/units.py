@@ -1,0 +1,277 @@
+"""Input files in units of so many consecutive rows: cut without keeping a row, and read one unit at a time.
+
+A file is cut by its Parquet metadata, or by one pass over its bytes for the ends of its lines. A `UnitReader` reads
+units wherever they are needed. It keeps its place in a file: the next unit goes on from there, and what lies between
+two units of a packed file or of a large Parquet row group is passed over, not read again from the beginning. Both take
+memory for a unit, not for a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raexmc_ray.inputs import InputFile, find_inputs
+from raexmc_ray.progress import Progress
+from raexmc_ray.rows import Columns, UnitRows, Unusable, column_cells, decode_line, judge_rows, parse_line
+
+UNIT_ROWS = 1024
+"""Rows of one file in a unit; its last one has the rest."""
+CHUNK_BYTES = 4 << 20
+PARQUET_BUFFER_BYTES = 1 << 20
+READERS = 8
+"""Files that are cut at a time."""
+LOOK_LINES = 100
+"""Of a JSON-lines file, of which one at least must be an object with the columns: else it is the wrong file."""
+SILENT_BYTES = 1 << 30
+"""To be cut without a line of progress."""
+NEWLINE = 10
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class CutFile:
+    """A file, its rows, and int64 [units + 1]: the byte, of the unpacked file, at which each unit of lines begins, and
+    the last one ends. Parquet has none: its units are known by their rows."""
+
+    file: InputFile
+    rows: int
+    starts: np.ndarray
+
+    @property
+    def units(self) -> int:
+        return math.ceil(self.rows / UNIT_ROWS)
+
+    def table(self, file: int, numbers: np.ndarray) -> pa.Table:
+        """Its units of these numbers, as those of the `file`-th file: the fields of `Unit`, int64."""
+        first = numbers * UNIT_ROWS
+        start, stop = (self.starts[numbers], self.starts[numbers + 1]) if len(self.starts) else (first, first)
+        rows = np.minimum(UNIT_ROWS, self.rows - first)
+        columns = (np.full(len(numbers), file), numbers, first, rows, start, stop)
+        return pa.table(dict(zip(Unit._fields, columns, strict=True)))
+
+
+class Unit(NamedTuple):
+    """Rows first … first + rows − 1 of the `file`-th file, its unit of this number: lines at bytes start … stop − 1."""
+
+    file: int
+    number: int
+    first: int
+    rows: int
+    start: int
+    stop: int
+
+
+class UnreadableError(ValueError):
+    """A file cannot be read, or is no longer what it was."""
+
+
+def cut_files(files: Sequence[InputFile], columns: Columns) -> list[CutFile]:
+    """Each file cut into units. Raises ValueError that names a file that is torn or has not these columns."""
+    total = sum(file.size for file in files if file.kind != "parquet")
+    with ThreadPoolExecutor(READERS) as threads:
+        cut = threads.map(lambda file: cut_file(file, columns), files)
+        if total < SILENT_BYTES:
+            return list(cut)
+        done = []
+        with Progress("find the rows", total, "bytes") as progress:
+            for part in cut:
+                done.append(part)
+                progress.add(part.file.size if part.file.kind != "parquet" else 0)
+        return done
+
+
+def cut_file(file: InputFile, columns: Columns) -> CutFile:
+    """A file cut into units. Raises ValueError that names the file where it is torn or has not these columns."""
+    try:
+        return _cut_parquet(file, columns) if file.kind == "parquet" else _cut_lines(file, columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: is torn, or is no {file.kind} file: {error}") from None
+
+
+def read_texts(inputs: Sequence[str], columns: Columns) -> pa.Table:
+    """(id: string, text: string) of all rows of these inputs, for those who hold them all: file after file in the
+    order of `find_inputs`. Raises ValueError that names the file and row of a text that is none."""
+    cut = cut_files(find_inputs(inputs), columns)
+    reader, ids, texts = UnitReader([part.file for part in cut], columns), [], []
+    for number, part in enumerate(cut):
+        for unit in part.table(number, np.arange(part.units)).to_pylist():
+            rows = reader.read(Unit(**unit))
+            for row, _, reason in rows.rejected:
+                raise ValueError(f"{part.file}, row {row}: {reason}: mend the row, or drop it")
+            ids += rows.ids
+            texts += rows.texts
+    return pa.table({"id": pa.array(ids, pa.string()), "text": pa.array(texts, pa.string())})
+
+
+class UnitReader:
+    """Reads units of these files, best in their order. Not for several threads at a time."""
+
+    def __init__(self, files: Sequence[InputFile], columns: Columns) -> None:
+        self._files, self._columns = files, columns
+        self._open: tuple[int, _Lines | _ParquetRows] | None = None
+
+    def read(self, unit: Unit) -> UnitRows:
+        """The rows of a unit. Raises UnreadableError, which names a file that is torn, or was changed since."""
+        file = self._files[unit.file]
+        try:
+            if self._open is None or self._open[0] != unit.file or not self._open[1].reaches(unit):
+                opened = _ParquetRows if file.kind == "parquet" else _Lines
+                self._open = unit.file, opened(file, self._columns, unit)
+            found = self._open[1].take(unit)
+        except (pa.ArrowException, OSError, EOFError) as error:
+            last = unit.first + unit.rows
+            raise UnreadableError(f"{file}, rows {unit.first + 1} to {last}: cannot be read: {error}") from None
+        return judge_rows(unit.first, found)
+
+
+class _Lines:
+    """A text or JSON-lines file; where it is packed, from its beginning on."""
+
+    def __init__(self, file: InputFile, columns: Columns, unit: Unit) -> None:
+        del unit
+        _check_unchanged(file)
+        self._file, self._columns = file, columns
+        self._stream, self._at = _open_lines(file), 0
+
+    def reaches(self, unit: Unit) -> bool:
+        return not self._file.is_packed or self._at <= unit.start
+
+    def take(self, unit: Unit) -> list[tuple[Any, Any] | Unusable]:
+        if not self._file.is_packed:
+            self._stream.seek(unit.start)
+            self._at = unit.start
+        while self._at < unit.start:
+            self._read(min(CHUNK_BYTES, unit.start - self._at))
+        lines = self._read(unit.stop - unit.start).removesuffix(b"\n").split(b"\n")
+        if not unit.first:
+            lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
+        lines = [line.removesuffix(b"\r") for line in lines]
+        if self._file.kind == "json":
+            return [parse_line(line, self._columns) for line in lines]
+        return [(str(number), decode_line(line)) for number, line in enumerate(lines, unit.first + 1)]
+
+    def _read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        if len(content) < size:
+            raise EOFError("it ends too early")
+        self._at += size
+        return content
+
+
+class _ParquetRows:
+    """A Parquet file from the row group on in which a unit begins."""
+
+    def __init__(self, file: InputFile, columns: Columns, unit: Unit) -> None:
+        _check_unchanged(file)
+        source = file.file.filesystem.open_input_file(file.file.path)
+        # Read by buffers of a page or so: a row group of a million rows is never in memory as a whole.
+        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES)
+        groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(groups)])
+        group = self._group(unit.first)
+        self._columns, self._at = columns, int(self._starts[group])
+        self._batches = parquet.iter_batches(
+            UNIT_ROWS, list(range(group, len(groups))), list({columns.id: 0, columns.text: 0}), use_threads=False
+        )
+        self._batch: pa.RecordBatch | None = None
+
+    def reaches(self, unit: Unit) -> bool:
+        first = unit.first
+        return self._at == first or (self._at < first and self._group(first) == self._group(self._at))
+
+    def take(self, unit: Unit) -> list[tuple[Any, Any]]:
+        pairs: list[tuple[Any, Any]] = []
+        while len(pairs) < unit.rows:
+            if not self._batch:
+                self._batch = next(self._batches, None)
+                if self._batch is None:
+                    raise EOFError("it ends too early")
+            skipped = min(len(self._batch), unit.first + len(pairs) - self._at)
+            taken = self._batch.slice(skipped, unit.rows - len(pairs))
+            pairs += zip(column_cells(taken[self._columns.id]), column_cells(taken[self._columns.text]), strict=True)
+            self._batch = self._batch.slice(skipped + len(taken))
+            self._at += skipped + len(taken)
+        return pairs
+
+    def _group(self, row: int) -> int:
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
+
+
+def _check_unchanged(file: InputFile) -> None:
+    info = file.file.filesystem.get_file_info(file.file.path)
+    if (info.size, info.mtime_ns) != (file.size, file.modified_ns):
+        raise UnreadableError(
+            f"{file}: was changed or removed while the job ran: leave inputs as they are until it ends"
+        )
+
+
+def _open_lines(file: InputFile) -> pa.NativeFile:
+    filesystem, path = file.file.filesystem, file.file.path
+    if not file.is_packed:
+        return filesystem.open_input_file(path)
+    if not file.size:
+        raise EOFError("there is no byte in it")
+    return filesystem.open_input_stream(path, compression="gzip")
+
+
+def _cut_parquet(file: InputFile, columns: Columns) -> CutFile:
+    with file.file.filesystem.open_input_file(file.file.path) as source:
+        parquet = pq.ParquetFile(source)
+        rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
+    for name, flag in ((columns.id, "--id-column"), (columns.text, "--text-column")):
+        if name not in schema.names:
+            raise ValueError(f"{file}: has no column {name!r}; it has {schema.names}: name one by {flag}")
+        found = schema.field(name).type
+        kind = found.value_type if pa.types.is_dictionary(found) else found
+        strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        if not strings and not (flag == "--id-column" and pa.types.is_integer(kind)):
+            wanted = "strings or integers" if flag == "--id-column" else "strings"
+            raise ValueError(f"{file}: the column {name!r} is {found}, not {wanted}: name another by {flag}")
+    return CutFile(file, rows, np.empty(0, np.int64))
+
+
+def _cut_lines(file: InputFile, columns: Columns) -> CutFile:
+    starts, lines, at, last = [np.zeros(1, np.int64)], 0, 0, b""
+    try:
+        with _open_lines(file) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                if not at and file.kind == "json":
+                    _look(file, chunk, columns)
+                ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == NEWLINE)
+                starts.append(at + 1 + ends[UNIT_ROWS - 1 - lines % UNIT_ROWS :: UNIT_ROWS])
+                lines, at, last = lines + len(ends), at + len(chunk), chunk[-1:]
+    except EOFError as error:
+        raise OSError(str(error)) from None
+    rows = lines + (at > 0 and last != b"\n")
+    units = math.ceil(rows / UNIT_ROWS)
+    return CutFile(file, rows, np.concatenate([*starts, [at]])[: units + 1] if rows else np.zeros(1, np.int64))
+
+
+def _look(file: InputFile, chunk: bytes, columns: Columns) -> None:
+    """Raise ValueError unless one of the first lines is an object with both columns."""
+    lines = chunk.removeprefix(BYTE_ORDER_MARK).split(b"\n")
+    whole = lines[:-1] or lines
+    rows = []
+    for line in whole[:LOOK_LINES]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    if not rows:
+        raise ValueError(
+            f"{file}: is no JSON-lines file: none of its first {len(whole[:LOOK_LINES])} lines is an object"
+        )
+    for name, flag in ((columns.id, "--id-column"), (columns.text, "--text-column")):
+        if not any(name in row for row in rows):
+            raise ValueError(f"{file}: no line has {name!r}; the first has {sorted(rows[0])}: name one by {flag}")

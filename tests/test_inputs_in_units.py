@@ -1,0 +1,213 @@
+"""Input files are found by name, glob or folder, cut into units without losing or doubling a row, and each row is
+read as it is, or rejected with its reason."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raexmc_ray import units
+from raexmc_ray.files import Folder
+from raexmc_ray.inputs import find_inputs
+from raexmc_ray.rows import Columns, Rejected
+from raexmc_ray.units import Unit, UnitReader, cut_files, read_texts
+
+TEXTS = st.lists(st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=8), max_size=40)
+
+
+def read_back(path: Path, order: np.random.Generator | None = None) -> tuple[list[tuple[str, str]], list[Rejected]]:
+    """(id, text) of all rows of a file, read unit by unit, and those that were rejected."""
+    (file,) = find_inputs([str(path)])
+    (cut,) = cut_files([file], Columns())
+    todo = [Unit(**unit) for unit in cut.table(0, np.arange(cut.units)).to_pylist()]
+    places = order.permutation(len(todo)) if order else range(len(todo))
+    reader = UnitReader([file], Columns())
+    done = {int(place): reader.read(todo[place]) for place in places}
+    found = [done[place] for place in sorted(done)]
+    assert sum(len(rows.ids) + len(rows.rejected) for rows in found) == cut.rows
+    pairs = [pair for rows in found for pair in zip(rows.ids, rows.texts, strict=True)]
+    return pairs, [row for rows in found for row in rows.rejected]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"])
+@settings(max_examples=40, deadline=None)
+@given(texts=TEXTS, unit=st.integers(1, 9), group=st.integers(1, 13), last=st.booleans(), seed=st.integers(0, 9))
+def test_every_row_is_in_one_unit(
+    tmp_path_factory: pytest.TempPathFactory,
+    ending: str,
+    texts: list[str],
+    unit: int,
+    group: int,
+    last: bool,
+    seed: int,
+) -> None:
+    path = tmp_path_factory.mktemp("input") / f"rows{ending}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "UNIT_ROWS", unit)
+        patch.setattr(units, "CHUNK_BYTES", 7 if "jsonl" not in ending else 4096)
+        rows = [{"id": f"i{place}", "text": text} for place, text in enumerate(texts)]
+        if ending == ".parquet":
+            pq.write_table(
+                pa.table(
+                    {"id": [r["id"] for r in rows], "text": texts}, pa.schema({"id": pa.string(), "text": pa.string()})
+                ),
+                path,
+                row_group_size=group,
+            )
+        else:
+            lines = texts if ".txt" in ending else [json.dumps(row) for row in rows]
+            content = "\n".join(lines) + ("\n" if last and lines else "")
+            texts = (
+                content.split("\n")[: content.count("\n") + (not content.endswith("\n") and content != "")]
+                if ".txt" in ending
+                else texts
+            )
+            path.write_bytes(gzip.compress(content.encode()) if ending.endswith("gz") else content.encode())
+        ids = [str(place) if ".txt" in ending else f"i{place - 1}" for place in range(1, len(texts) + 1)]
+        pairs, rejected = read_back(path, np.random.default_rng(seed) if seed else None)
+        assert pairs == [(i, t) for i, t in zip(ids, texts, strict=True) if t.strip()]
+        blank = [place for place, text in enumerate(texts, 1) if not text.strip()]
+        assert [(row.row, row.reason) for row in rejected] == [(place, "the text is empty") for place in blank]
+
+
+def test_a_row_that_cannot_be_used_is_rejected_with_its_reason(tmp_path: Path) -> None:
+    lines = [
+        (b'{"id": "a", "text": "vim"}', None, None),
+        (b'{"id": 7, "text": "emacs", "more": 1}', None, None),
+        (b'{"id": "b", "text": " "}', "b", "the text is empty"),
+        (b'{"id": "c"}', "c", "the text is missing"),
+        (b'{"id": "d", "text": null}', "d", "the text is null"),
+        (b'{"id": "e", "text": 5}', "e", "the text is no string, but int"),
+        (b'{"id": "f", "text": "\\ud800"}', "f", "the text is not UTF-8"),
+        (b'{"text": "no id"}', None, "the id is missing"),
+        (b"{}", None, "the id is missing"),
+        (b'{"id": true, "text": "x"}', None, "the id is no string, but bool"),
+        (b'{"id": "", "text": "x"}', None, "the id is empty"),
+        (b'["id"]', None, "the line is no JSON object"),
+        (b"", None, "the line is empty"),
+        (b"caf\xe9", None, "the line is not UTF-8"),
+        (b'{"id": "g", "te', None, "the line is not JSON"),
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(line for line, _, _ in lines))
+    pairs, rejected = read_back(path)
+    assert pairs == [("a", "vim"), ("7", "emacs")]
+    assert rejected == [Rejected(row, id_, reason) for row, (_, id_, reason) in enumerate(lines, 1) if reason]
+
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"id": [1, None, 3], "text": pa.array(["x", "y", None]).dictionary_encode()}), path)
+    pairs, rejected = read_back(path)
+    assert pairs == [("1", "x")]
+    assert rejected == [Rejected(2, None, "the id is null"), Rejected(3, "3", "the text is null")]
+
+    damaged = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xe9"]).buffers())
+    pq.write_table(pa.table({"id": ["1", "2"], "text": damaged}), path)
+    assert read_back(path) == ([("1", "ok")], [Rejected(2, "2", "the text is not UTF-8")])
+
+
+def test_files_are_found_by_name_glob_and_folder_in_any_order(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl", "sub/c.parquet", "sub/deep/d.txt.gz", "sub/_hidden/e.txt", "sub/.f.txt", "g.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "sub/predictions").mkdir()
+    (tmp_path / "sub/predictions/part.parquet").write_bytes(b"")
+
+    def names(*inputs: str, output: str | None = None) -> list[str]:
+        found = find_inputs([str(tmp_path / given) for given in inputs], output and Folder.at(tmp_path / output))
+        return [str(Path(str(file)).relative_to(tmp_path)) for file in found]
+
+    everything = ["a.txt", "b.jsonl", "sub/c.parquet", "sub/deep/d.txt.gz", "sub/predictions/part.parquet"]
+    assert names(".") == everything
+    assert names("sub", "b.jsonl", "a.txt", ".") == everything
+    assert names(".", output="sub/predictions") == everything[:-1]
+    assert names("*.txt") == ["a.txt"]
+    assert names("[ab].*") == ["a.txt", "b.jsonl"]
+    assert names("**/*.txt*") == ["a.txt", "sub/deep/d.txt.gz"]
+    assert names("su*") == everything[2:]
+    (tmp_path / "link.txt").symlink_to(tmp_path / "g.csv")
+    assert names("link.txt") == ["link.txt"]
+    assert names("sub/_hidden/e.txt") == names("su*/_hidden/*") == ["sub/_hidden/e.txt"]
+    for wrong, says in (
+        ("none.txt", "no such file or folder"),
+        ("g.csv", "expected a file that ends in"),
+        ("*.csv", "there is no file in it that ends in"),
+        ("s*/_hidden/*.json", "there is no file in it that ends in"),
+    ):
+        with pytest.raises(ValueError, match=says) as error:
+            names(wrong)
+        assert wrong.split("/")[-1] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("torn.parquet", b"PAR1 and then nothing", "is torn, or is no parquet file"),
+        ("torn.txt.gz", gzip.compress(b"vim\n" * 100)[:-12], "is torn, or is no text file"),
+        ("empty.jsonl.gz", b"", "is torn, or is no json file"),
+        ("plain.txt.gz", b"vim\n", "is torn, or is no text file"),
+        ("list.json", b'[\n{"id": 1,\n"text": "x"}\n]', "is no JSON-lines file"),
+        ("other.jsonl", b'{"name": "1"}\n', r"no line has 'id'; the first has \['name'\]: name one by --id-column"),
+        ("other.json", b'{"id": "1", "title": "x"}\n', "no line has 'text'.*--text-column"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: {says}"):
+        cut_files(find_inputs([str(tmp_path / name)]), Columns())
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"id": [1], "title": ["x"]}, r"has no column 'text'; it has \['id', 'title'\]: name one by --text-column"),
+        ({"id": [1.5], "text": ["x"]}, "the column 'id' is double, not strings or integers"),
+        ({"id": [1], "text": [b"x"]}, "the column 'text' is binary, not strings: name another by --text-column"),
+    ],
+)
+def test_parquet_with_other_columns_is_refused(tmp_path: Path, columns: dict, says: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=f"x.parquet: {says}"):
+        read_texts([str(tmp_path / "x.parquet")], Columns())
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("vim\nemacs\n")
+    files = find_inputs([str(path)])
+    (cut,) = cut_files(files, Columns())
+    path.write_text("vim\nnano!\nemacs\n")
+    with pytest.raises(ValueError, match=r"a\.txt: was changed or removed"):
+        UnitReader(files, Columns()).read(Unit(**cut.table(0, np.arange(1)).to_pylist()[0]))
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl.gz", ".parquet"])
+def test_reading_takes_memory_for_a_unit_not_for_a_file(tmp_path: Path, ending: str) -> None:
+    rows, text = 60_000, "many words " * 50  # 33 MB, in one row group
+    path = tmp_path / f"rows{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.table({"id": np.arange(rows), "text": [f"{i} {text}" for i in range(rows)]}), path)
+    else:
+        line = '{{"id": {}, "text": "{}"}}\n' if ".jsonl" in ending else "{} {}\n"
+        content = "".join(line.format(i, text) for i in range(rows)).encode()
+        path.write_bytes(gzip.compress(content, 1) if ending.endswith("gz") else content)
+        del content
+    tracemalloc.start()
+    arrow = pa.default_memory_pool()
+    (cut,) = cut_files(find_inputs([str(path)]), Columns())
+    reader, peak = UnitReader([cut.file], Columns()), 0
+    for unit in cut.table(0, np.arange(cut.units)).to_pylist():
+        assert len(reader.read(Unit(**unit)).ids) == unit["rows"]
+        peak = max(peak, arrow.bytes_allocated())
+    python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert cut.rows == rows
+    assert peak + python < 16 << 20

@@ -1,0 +1,139 @@
+"""Processes killed at random moments while files are scored: every row once, and the same to the last byte. One round
+here; `make soak` runs twenty of each."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from conftest import kill_rounds
+
+from raexmc_ray.files import Folder
+from raexmc_ray.local import override
+from raexmc_ray.memory.snapshot import open_snapshot
+from raexmc_ray.recipe import ClusterSection
+from raexmc_ray.score import score
+
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
+ROWS, PARTS, K = 10_000, 10, 5
+
+
+class Undisturbed:
+    """Two files with rows that can be scored and rows that cannot, and what comes of them when nothing is killed."""
+
+    def __init__(self, memory: Path, folder: Path) -> None:
+        self.memory, self.inputs = Folder.at(memory), folder / "inputs"
+        self.inputs.mkdir()
+        rng = np.random.default_rng(0)
+        words = [f"w{number}" for number in range(3000)]
+        texts = [" ".join(rng.choice(words, 4)) if row % 750 else None for row in range(ROWS)]
+        half = ROWS // 2
+        pq.write_table(
+            pa.table({"id": [f"p{i}" for i in range(half)], "text": texts[:half]}), self.inputs / "a.parquet"
+        )
+        (self.inputs / "b.txt").write_text("".join(f"{text or ''}\n" for text in texts[half:]))
+        self.run(folder / "out")
+        self.contents = contents(folder / "out")
+        assert len([name for name in self.contents if name.startswith("predictions")]) == PARTS
+
+    def run(self, output: Path) -> None:
+        settings = override(open_snapshot(self.memory).manifest.defaults, k=K)
+        score(self.memory, [str(self.inputs)], Folder.at(output), settings, ClusterSection(encoders=2))
+
+    def command(self, output: Path) -> list[str]:
+        """The same by the command."""
+        options = ["--output", str(output), "--k", str(K)]
+        return [sys.executable, "-m", "raexmc_ray.cli", "score", self.memory.path, str(self.inputs), *options]
+
+
+def contents(output: Path) -> dict[str, str]:
+    """{part: sha256} of what a job computed; every row is there once."""
+    found = {str(path.relative_to(output)): Folder.at(path).sha256() for path in sorted(output.rglob("*.parquet"))}
+    rows = pq.read_table(output / "predictions")["id"].to_pylist() + [None] * len(pq.read_table(output / "rejected"))
+    assert len(rows) == ROWS
+    assert not list(output.rglob(".*")), "no half-written file is left by a run that ended"
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: str, small_memory: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(small_memory, tmp_path_factory.mktemp("undisturbed"))
+
+
+class Killer(threading.Thread):
+    """Kills one of this cluster's processes that works on `name`, once so many parts are there."""
+
+    def __init__(self, name: str, output: Path, parts: int) -> None:
+        super().__init__()
+        self.name_, self.output, self.parts, self.killed, self.ended = name, output, parts, 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.01):
+            if progress(self.output) >= self.parts:
+                found = [process for process in psutil.Process().children(recursive=True) if self._is_it(process)]
+                if found:
+                    self.killed = random.choice(found).pid
+                    os.kill(self.killed, signal.SIGKILL)
+                    return
+
+    def _is_it(self, process: psutil.Process) -> bool:
+        try:
+            return self.name_ in " ".join(process.cmdline())
+        except psutil.Error:
+            return False
+
+    def __enter__(self) -> Killer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()
+
+
+def progress(output: Path) -> int:
+    return len(list((output / "predictions").glob("part-*")))
+
+
+@pytest.mark.parametrize("actor", ["_UnitScorer", "ShardActor"])
+def test_a_killed_actor(undisturbed: Undisturbed, tmp_path: Path, actor: str) -> None:
+    kills = 0
+    for number in kill_rounds(f"scoring_{actor.strip('_')}"):
+        output = tmp_path / str(number)
+        with Killer(actor, output, random.randint(0, PARTS // 2)) as killer:
+            undisturbed.run(output)
+        kills += killer.killed > 0
+        assert contents(output) == undisturbed.contents
+    assert kills, "the test must kill"
+
+
+def test_a_killed_driver(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    kills = 0
+    for number in kill_rounds("scoring_driver"):
+        output = tmp_path / str(number)
+        command, parts = undisturbed.command(output), random.randint(1, PARTS // 2)
+        driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while driver.poll() is None and progress(output) < parts:
+            time.sleep(0.01)
+        kills += driver.poll() is None
+        driver.kill()
+        driver.wait()
+        before = {part: part.stat().st_mtime_ns for part in output.rglob("part-*")}
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        assert f"{ROWS:,} rows scored" in done.stdout
+        assert contents(output) == undisturbed.contents
+        assert {part: part.stat().st_mtime_ns for part in before} == before, "what was there is not computed again"
+    assert kills, "the test must kill"
