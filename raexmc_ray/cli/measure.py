@@ -118,3 +118,4 @@ def tune(
     else:
         print_plain(f"snapshot {tuned.snapshot_after} has them as its defaults: {chosen}")
         print_plain("a running application moves to it by `raexmc rollout`, and back by `raexmc rollback`")
+        print_plain("for `raexmc evaluate` and the next `raexmc build`, set them as the recipe's prediction, too")
