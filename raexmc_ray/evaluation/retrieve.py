@@ -19,8 +19,8 @@ from raexmc_ray.recipe import MOST_NEIGHBOURS, Neighbours, PredictionSection
 BATCH = 256
 """Rows searched at once."""
 CUTTING_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16")
-"""Kinds of index in which the best keys are the first of a deeper search, and the best of all those of the best instances
-and the best labels. In the others few candidates are rescored, or a graph is walked as far as is asked."""
+"""Kinds of index in which the best keys are the first of a deeper search, and the best of all are among the best
+instances and the best labels. In the others few candidates are rescored, or a graph is walked as far as is asked."""
 
 
 class Stopwatch:
