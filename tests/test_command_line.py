@@ -24,7 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([RAEXMC, *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("command", ["train", "build", "evaluate", "score", "serve", "query", "inspect"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "tune", "score", "query", "plan"])
 def test_every_command_has_help(command: str) -> None:
     assert command in run("--help").stdout
     done = run(command, "--help")
@@ -41,6 +41,7 @@ def test_mistakes_are_said_in_one_line(tmp_path: Path, tiny_corpus: Path) -> Non
         (["train", "--recipe", str(recipe), "--set", "corpus.path=/none"], "no corpus folder at /none"),
         (["build", "--recipe", str(recipe)], "run `raexmc train`"),
         (["inspect", str(tmp_path)], "no memory at"),
+        (["tune", "--recipe", str(recipe), "--metric", "P@2"], "--metric P@2: choose one of P@1, P@3"),
         (["query", "vim", "--url", "http://127.0.0.1:9"], "raexmc serve"),
     ):
         done = run(*arguments)
@@ -67,11 +68,21 @@ def test_build_over_any_encoder_then_evaluate_and_score(tmp_path: Path, tiny_cor
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "run/memory/CURRENT").read_text().strip() in built.stdout
 
-    evaluated = run("evaluate", "--recipe", str(recipe), "--output", str(tmp_path / "table.json"))
+    options = ["--output", str(tmp_path / "table.json"), "--report", str(tmp_path / "report")]
+    evaluated = run("evaluate", "--recipe", str(recipe), *options)
     assert evaluated.returncode == 0, evaluated.stderr
     table = json.loads((tmp_path / "table.json").read_text())["table"]
     for row, figures in table.items():
         assert f"{figures['P@1']:.2f}" in next(line for line in evaluated.stdout.splitlines() if line.startswith(row))
+    assert (tmp_path / "report/index.html").is_file()
+
+    tuned = run("tune", "--recipe", str(recipe), "--metric", "P@5", "--rows", "30")
+    assert tuned.returncode == 0, tuned.stderr
+    assert "30 rows of training rows, each less its own key" in tuned.stdout
+    assert (tmp_path / "run/memory/CURRENT").read_text().strip() in tuned.stdout
+    compared = run("compare", str(tmp_path / "table.json"), str(tmp_path / "report/evaluation.json"), "--json")
+    assert compared.returncode == 0, compared.stderr
+    assert all(one["difference"] == 0 for one in json.loads(compared.stdout))
 
     texts = tmp_path / "texts.txt"
     texts.write_text("vim: Vi IMproved\nemacs: GNU Emacs editor\n")

@@ -52,7 +52,8 @@ def write(memory: raexmc_ray.Memory, corpus: Corpus, folder: Path, k: int) -> li
     labels = [row[there].tolist() for row, there in zip(found.labels_Bk, kept, strict=True)]
     scores = [row[there].tolist() for row, there in zip(found.scores_Bk, kept, strict=True)]
     settings = SETTINGS.model_copy(update={"k": k}).model_dump_json(by_alias=True)
-    metadata = {"snapshot": memory.manifest.id, "settings": settings}
+    job = f'{{"evidence": 0, "settings": {settings}}}'
+    metadata = {"snapshot": memory.manifest.id, "settings": job}
     order = np.random.default_rng(0).permutation(len(labels))
     paths = []
     for number, rows in enumerate(np.array_split(order, 3)):

@@ -28,7 +28,7 @@ from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.shard import LocalShards
 from raexmc_ray.memory.snapshot import list_snapshots, open_snapshot, verify
 from raexmc_ray.memory.write import build_memory
-from raexmc_ray.recipe import MemorySection, Neighbours, PredictionSection, Recipe
+from raexmc_ray.recipe import LexicalSection, MemorySection, Neighbours, PredictionSection, Recipe
 
 OTHER = PredictionSection(lambda_=0.35, temperature=0.11, neighbours=Neighbours(instances=30, labels=20), k=5)
 
@@ -41,7 +41,7 @@ def corpus(tiny_corpus: Path) -> Corpus:
 @pytest.fixture(scope="module")
 def built(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuned") / "memory"
-    build_memory(corpus, tiny_encoder(), folder, MemorySection(shards=2))
+    build_memory(corpus, tiny_encoder(), folder, MemorySection(shards=2, lexical=LexicalSection(weight=0.3)))
     return folder
 
 
@@ -85,24 +85,23 @@ def test_a_masked_key_is_as_if_it_were_not_there(tmp_path_factory: pytest.TempPa
 
 
 def test_which_rows(tiny_corpus: Path, corpus: Corpus, memory: Memory, tmp_path: Path) -> None:
-    manifest = memory.manifest
     plain = recipe_of(tiny_corpus, tmp_path)
 
-    untrained = held_out_rows(plain, corpus, manifest)
+    untrained = held_out_rows(plain, corpus, memory)
     assert untrained.warning is None
     assert "less its own key" in untrained.said
     assert untrained.own_keys is not None
     assert untrained.split.texts["uid"].to_pylist() == corpus.train.texts["uid"].take(untrained.own_keys).to_pylist()
 
     another = recipe_of(tiny_corpus, tmp_path, encoder={"layers": 2, "max_tokens": 16})
-    assert "not known" in str(held_out_rows(another, corpus, manifest).warning)
+    assert "not known" in str(held_out_rows(another, corpus, memory).warning)
 
     trained(tmp_path, plain)
-    assert "trained on these rows" in str(held_out_rows(plain, corpus, manifest).warning)
+    assert "trained on these rows" in str(held_out_rows(plain, corpus, memory).warning)
 
     aside = recipe_of(tiny_corpus, tmp_path, training={"evaluation": {"every": 1, "holdout": 0.2}, "seed": 3})
     trained(tmp_path, aside)
-    kept_aside = held_out_rows(plain, corpus, manifest)
+    kept_aside = held_out_rows(plain, corpus, memory)
     expected = corpus.hold_out(0.2, seed=4).test  # as the trainer holds out: its seed plus one
     assert kept_aside.warning is None
     assert kept_aside.own_keys is not None
@@ -110,7 +109,7 @@ def test_which_rows(tiny_corpus: Path, corpus: Corpus, memory: Memory, tmp_path:
     assert set(uids) <= set(expected.texts["uid"].to_pylist())
     assert uids == corpus.train.texts["uid"].take(kept_aside.own_keys).to_pylist()
 
-    assert len(held_out_rows(plain, corpus, manifest, rows=7).split) == 7
+    assert len(held_out_rows(plain, corpus, memory, rows=7).split) == 7
 
 
 def test_a_corpus_holdout_comes_first_and_another_corpus_is_refused(
@@ -119,15 +118,15 @@ def test_a_corpus_holdout_comes_first_and_another_corpus_is_refused(
     held = recipe_of(tiny_corpus, tmp_path, corpus={"path": str(tiny_corpus), "holdout": 0.25})
     part = corpus.hold_out(0.25)
     with pytest.raises(ValueError, match="is not of this corpus"):
-        held_out_rows(held, part, memory.manifest)
+        held_out_rows(held, part, memory)
     build_memory(part, tiny_encoder(), tmp_path / "memory")
-    manifest = open_snapshot(tmp_path / "memory").manifest
-    rows = held_out_rows(held, part, manifest)
+    other = raexmc_ray.open(tmp_path / "memory")
+    rows = held_out_rows(held, part, other)
     assert rows.own_keys is None
     assert rows.warning is None
     assert set(rows.split.texts["uid"].to_pylist()) <= set(part.test.texts["uid"].to_pylist())
     trained(tmp_path, recipe_of(tiny_corpus, tmp_path))
-    assert "another corpus.holdout" in str(held_out_rows(held, part, manifest).warning)
+    assert "another corpus.holdout" in str(held_out_rows(held, part, other).warning)
 
 
 def test_labels_of_no_other_row_are_neither_right_nor_wrong() -> None:
@@ -141,7 +140,7 @@ def test_labels_of_no_other_row_are_neither_right_nor_wrong() -> None:
 def tuned(tiny_corpus: Path, corpus: Corpus, memory: Memory, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     recipe = recipe_of(tiny_corpus, tmp_path_factory.mktemp("none"))
     blind = Corpus(corpus.train, corpus.test.take(np.arange(0)), corpus.labels)  # there is no test part to look at
-    return tune(memory, blind, recipe.corpus, held_out_rows(recipe, blind, memory.manifest, rows=120))
+    return tune(memory, blind, recipe.corpus, held_out_rows(recipe, blind, memory, rows=120))
 
 
 def test_it_does_not_get_worse_and_says_on_what(tuned: Tuned, memory: Memory) -> None:

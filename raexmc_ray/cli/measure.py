@@ -104,7 +104,7 @@ def tune(
     with connected():
         memory, pool = open_in_actors(storage / "memory")
         with pool:
-            held_out = held_out_rows(settings, corpus, memory.manifest, rows)
+            held_out = held_out_rows(settings, corpus, memory, rows)
             tuned = tune(memory, corpus, settings.corpus, held_out, [metric] if metric else FIGURES)
     tuned = publish_tuned(storage / "memory", memory.snapshot, corpus, tuned)
     (storage / TUNING).write(tuned.model_dump_json(indent=2, by_alias=True).encode() + b"\n")
@@ -118,3 +118,4 @@ def tune(
     else:
         print_plain(f"snapshot {tuned.snapshot_after} has them as its defaults: {chosen}")
         print_plain("a running application moves to it by `raexmc rollout`, and back by `raexmc rollback`")
+        print_plain("for `raexmc evaluate` and the next `raexmc build`, set them as the recipe's prediction, too")

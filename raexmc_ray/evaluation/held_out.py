@@ -23,7 +23,8 @@ import numpy as np
 from raexmc_ray.corpus import Corpus, Split
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
-from raexmc_ray.memory.snapshot import Manifest, memory_id
+from raexmc_ray.local import Memory
+from raexmc_ray.memory.snapshot import memory_id
 from raexmc_ray.recipe import Recipe
 
 ROWS = 5000
@@ -46,16 +47,18 @@ class HeldOut:
     warning: str | None = None
 
 
-def held_out_rows(recipe: Recipe, corpus: Corpus, manifest: Manifest, rows: int = ROWS) -> HeldOut:
+def held_out_rows(recipe: Recipe, corpus: Corpus, memory: Memory, rows: int = ROWS) -> HeldOut:
     """The rows to choose settings of a memory on. corpus: as the recipe reads it. Raises ValueError where the memory is
     of another corpus."""
+    manifest = memory.manifest
     index, shards = manifest.index, manifest.shards
     if memory_id(corpus.fingerprint, manifest.encoder_fingerprint, shards, index, manifest.defaults) != manifest.id:
         raise ValueError(
             f"snapshot {manifest.id} is not of this corpus ({recipe.corpus.path}, holdout {recipe.corpus.holdout:g}): "
             "which key is whose cannot be told. Give the recipe that it was built from"
         )
-    trained_by = recipe_of(Folder.at(recipe.cluster.storage), manifest.encoder_fingerprint)
+    tower = memory.encoder.with_lexical(None).fingerprint  # a lexical part is no part of a training
+    trained_by = recipe_of(Folder.at(recipe.cluster.storage), tower)
     if recipe.corpus.holdout:
         held_out = HeldOut(corpus.test, None, f"corpus.holdout: {recipe.corpus.holdout:.0%} of the training rows")
         if trained_by and trained_by.corpus.holdout != recipe.corpus.holdout:
@@ -75,7 +78,7 @@ def held_out_rows(recipe: Recipe, corpus: Corpus, manifest: Manifest, rows: int 
             "the encoder was trained on these rows and finds their labels too easily: what is chosen is biased. Hold "
             "rows out of the training (training.evaluation.every=1) or of everything (corpus.holdout=0.1)",
         )
-    elif not _is_untrained(recipe, manifest.encoder_fingerprint):
+    elif not _is_untrained(recipe, tower):
         held_out = _warned(held_out, "it is not known whether the encoder was trained on these rows")
     return _sampled(held_out, rows)
 
@@ -95,7 +98,7 @@ def _is_untrained(recipe: Recipe, fingerprint: str) -> bool:
     """Whether the encoder is the one that the recipe's training would begin with."""
     section = recipe.encoder
     encoder = TextEncoder.load(section.model, layers=section.layers, max_tokens=section.max_tokens)
-    return encoder.fingerprint == fingerprint
+    return encoder.with_lexical(None).fingerprint == fingerprint
 
 
 def _warned(held_out: HeldOut, warning: str) -> HeldOut:

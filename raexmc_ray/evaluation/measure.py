@@ -47,7 +47,7 @@ def evaluate(
 
     The rows of the table: `popularity` (the labels with most training instances for everyone), `labels only` (the dual
     encoder: the nearest labels), `instances only` (λ = 1 over the nearest instances), `both` (`settings`). They come
-    from one retrieval, where the kind of index gives the same keys for any number of neighbours (`IndexSpec.cuts`).
+    from one retrieval, where the kind of index gives the same keys for any number of neighbours (`CUTTING_KINDS`).
     Texts are encoded in this process: for millions of rows, score them on a cluster and use `evaluate_predictions`.
     Raises ValueError where no row has a label.
     """

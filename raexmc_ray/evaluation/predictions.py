@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.evaluation.measure import BOTH, DEPTH, POPULARITY, measure, popular, refuse_unlabelled
@@ -124,13 +123,15 @@ def _is_part(path: str, root: str) -> bool:
 
 
 def _said(metadata: dict[bytes, bytes]) -> tuple[str | None, str | None]:
-    """(settings as JSON, snapshot) that a file's schema says; nothing for what it does not say, or not in our terms."""
+    """(settings of the prediction as JSON, snapshot) that a file's schema says; nothing for what it does not say."""
     snapshot = metadata.get(b"snapshot")
     try:
-        settings = PredictionSection.model_validate_json(metadata[b"settings"]).model_dump_json(by_alias=True)
-    except (KeyError, ValidationError, json.JSONDecodeError):
-        settings = None
-    return settings, snapshot.decode() if snapshot else None
+        said = json.loads(metadata[b"settings"])
+        # A scoring job's settings are those of the prediction, and more beside them.
+        prediction = PredictionSection.model_validate(said.get("settings", said))
+    except (KeyError, ValueError, AttributeError):
+        return None, snapshot.decode() if snapshot else None
+    return prediction.model_dump_json(by_alias=True), snapshot.decode() if snapshot else None
 
 
 def _by_row(written: Written, corpus: Corpus) -> tuple[np.ndarray, int]:

@@ -18,6 +18,9 @@ from raexmc_ray.recipe import MOST_NEIGHBOURS, Neighbours, PredictionSection
 
 BATCH = 256
 """Rows searched at once."""
+CUTTING_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16")
+"""Kinds of index in which the best keys are the first of a deeper search, and the best of all are among the best
+instances and the best labels. In the others few candidates are rescored, or a graph is walked as far as is asked."""
 
 
 class Stopwatch:
@@ -53,8 +56,8 @@ class Retrieved:
 
     def hits(self, neighbours: Neighbours) -> Hits:
         """The best `neighbours` keys: a cut of the deepest retrieval, or where the kind of index gives other keys for
-        another number of them (`IndexSpec.cuts`), what it is asked for here."""
-        if self.memory.manifest.index.cuts:
+        another number of them, what it is asked for here."""
+        if self.memory.manifest.index.kind in CUTTING_KINDS:
             return self.deepest.cut(neighbours, self.own_B)
         if self.own_B is None:
             return self.memory.search(self.queries_BD, neighbours)

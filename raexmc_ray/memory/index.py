@@ -41,7 +41,6 @@ REFINED = 6
 SAMPLE_PER_LIST, SAMPLE_LEAST = 64, 16384
 """Keys that a quantiser is trained on: so many for each list, and so many at least."""
 KMEANS_ROUNDS = 10
-CUTTING_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16")
 GPU_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16")
 GPU_WIDTH = 2048
 """The most candidates that FAISS finds on a GPU; it also has no ranges of keys there. The CPU does the rest."""
@@ -92,13 +91,6 @@ class IndexSpec(BaseModel):
     def has_vectors(self) -> bool:
         """Whether a shard keeps its keys a second time, to rescore with."""
         return self.kind == "ivf-pq"
-
-    @property
-    def cuts(self) -> bool:
-        """Whether the best keys of a search are the first of a deeper one, and the best of all keys those of the best
-        instances and the best labels: not where few candidates are rescored, or a graph is walked as far as is asked.
-        """
-        return self.kind in CUTTING_KINDS
 
     @property
     def stores_float32(self) -> bool:
@@ -320,7 +312,7 @@ class ShardIndex:
         the order at the boundary is not worth a second one."""
         if self.spec.kind == "flat":  # |float32 inner product − exact| ≤ d·2⁻²⁴·‖q‖‖k‖, and as much again
             return 2 * self.spec.dimension * 2.0**-24
-        return 0.0 if self.spec.cuts else -math.inf
+        return 0.0 if self.spec.kind in ("flat-fp16", "flat-sq8", "ivf-fp16") else -math.inf
 
     def _first_width(self, b: int, wanted: int) -> int:
         if self.spec.kind == "hnsw":
