@@ -5,7 +5,9 @@ Bare: Parquet read, texts encoded by 2 threads, keys searched in the same shards
 written; a unit of 1,024 rows after the other, nothing at the same time as anything else, the loading of encoder and
 memory not counted. It does half of the rows before ours and half after it. Ours: the command, with two encoder actors
 of one thread and four shard actors on the same two cores. Its rate is what ten times the rows take longer than the
-rows: so the start of Ray and its actors, and the end, where one actor has nothing left to do, are not counted.
+rows: so the start of Ray and its actors, and the end, where one actor has nothing left to do, are not counted. Ray's
+workers get the priority of an ordinary process, which the bare stages have, too: by default they step back behind
+everything else on the machine.
 
 Memory: proportional set size of the command and all processes that it starts, Ray's own too; the most of a sample a
 second.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -124,7 +127,8 @@ def score(memory: Path, texts: Path) -> tuple[float, int]:
     shutil.rmtree(output, ignore_errors=True)
     command = [str(Path(sys.executable).parent / "raexmc"), "--quiet", "score", str(memory), str(texts)]
     started = time.perf_counter()
-    process = psutil.Popen([*command, "--output", str(output)])
+    environment = {**os.environ, "RAY_worker_niceness": "0"}
+    process = psutil.Popen([*command, "--output", str(output)], env=environment)
     peak = 0
     while process.poll() is None:
         peak = max(peak, sum(map(proportional_set_size, [process, *process.children(recursive=True)])))

@@ -25,6 +25,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
+from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.progress import Progress
@@ -190,6 +191,7 @@ def map_units(
         ),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=1 if cluster.gpu else 0,
+        runtime_env={"env_vars": KEEP_FREED_MEMORY},
         ray_remote_args_fn=_bounded_retries,
     )
     for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
