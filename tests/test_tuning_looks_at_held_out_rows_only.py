@@ -30,6 +30,7 @@ from raexmc_ray.memory.snapshot import list_snapshots, open_snapshot, verify
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.recipe import LexicalSection, MemorySection, Neighbours, PredictionSection, Recipe
 
+BUILT = MemorySection(shards=2, lexical=LexicalSection(weight=0.3))
 OTHER = PredictionSection(lambda_=0.35, temperature=0.11, neighbours=Neighbours(instances=30, labels=20), k=5)
 
 
@@ -41,7 +42,7 @@ def corpus(tiny_corpus: Path) -> Corpus:
 @pytest.fixture(scope="module")
 def built(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuned") / "memory"
-    build_memory(corpus, tiny_encoder(), folder, MemorySection(shards=2, lexical=LexicalSection(weight=0.3)))
+    build_memory(corpus, tiny_encoder(), folder, BUILT)
     return folder
 
 
@@ -176,7 +177,7 @@ def test_the_new_snapshot_answers_by_them_and_the_old_one_stays(
     assert sum(verify(open_snapshot(built))) > 0
     models = [built / "snapshots" / name / "encoder/model.safetensors" for name in (old, str(done.snapshot_after))]
     assert models[0].samefile(models[1]), "no second copy"
-    assert build_memory(corpus, tiny_encoder(), built, MemorySection(shards=2), chosen) == done.snapshot_after
+    assert build_memory(corpus, tiny_encoder(), built, BUILT, chosen) == done.snapshot_after
     assert with_defaults(Folder.at(built), memory.snapshot, corpus.fingerprint, memory.manifest.defaults) == old
     assert (built / "CURRENT").read_text().strip() == old
     unchanged = tuned.model_copy(update={"after": tuned.before})
