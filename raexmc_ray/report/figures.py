@@ -152,10 +152,10 @@ def _trade_off(axes: Any, theme: Theme, points: Sequence[Point], chosen: float) 
             )
     at = [p.settings.lambda_ for p in points].index(chosen)
     ends: dict[str, Any] = {"linestyle": "none", "markersize": 8, "zorder": 3}
-    axes.plot(x[0], y[0], MARKS["labels"], color=theme.labels, label="λ = 0: labels only", **ends)
-    axes.plot(x[-1], y[-1], MARKS["instances"], color=theme.instances, label="λ = 1: instances only", **ends)
+    axes.plot(x[0], y[0], MARKS["labels"], color=theme.labels, label="labels only", **ends)
+    axes.plot(x[-1], y[-1], MARKS["instances"], color=theme.instances, label="instances only", **ends)
     ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": theme.ink, "markeredgewidth": 1.4}
-    axes.plot(x[at], y[at], "o", label=f"in use: {chosen:g}", **{**ends, "markersize": 12}, **ring)
+    axes.plot(x[at], y[at], "o", label=f"λ in use: {chosen:g}", **{**ends, "markersize": 12}, **ring)
     axes.set(xlabel="P@1, percent", ylabel="PSP@1, percent")
     axes.margins(0.1)
     _grid(axes, theme)
@@ -227,7 +227,7 @@ def _worth(axes: Any, theme: Theme, findings: Findings) -> None:
         x, percent = _by_rank(of_kind.right_by_rank)
         _line(axes, theme, x, percent, kind, kind)
     axes.set(ylabel="percent that vote for a right label")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1, axes.get_ylim()[1]))
     _rank_axis(axes, len(sources.instances.right_by_rank))
     _grid(axes, theme)
     _legend(axes, 2)
@@ -276,6 +276,8 @@ def _gain(axes: Any, theme: Theme, evaluation: Evaluation) -> None:
         places = [i + aside for i in range(len(groups))]
         axes.bar(places, gains, 0.38, color=getattr(theme, kind), label=f"over {row}")
     axes.axhline(0, color=theme.soft, linewidth=1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -1), max(high, 1))
     axes.set_ylabel("percentage points more, with both")
     _frequency_axis(axes, groups)
     axes.grid(color=theme.line, linewidth=0.7, axis="y")
@@ -284,7 +286,10 @@ def _gain(axes: Any, theme: Theme, evaluation: Evaluation) -> None:
 
 def _frequency_axis(axes: Any, groups: Sequence[LabelGroup]) -> None:
     spans = [_span(group.most, group.least) for group in groups]
-    axes.set_xticks(range(len(groups)), spans, rotation=35, ha="right", rotation_mode="anchor")
+    long = sum(map(len, spans)) > 24
+    turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if long else {}
+    axes.set_xticks(range(len(groups)), spans, **turned)
+    axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_xlabel("training instances of the labels, head to tail")
 
 
