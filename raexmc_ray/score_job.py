@@ -124,7 +124,7 @@ def part_name(file: int, unit: int) -> str:
 
 def missing_units(output: Folder, cut: Sequence[CutFile]) -> pa.Table:
     """The units (fields of `Unit`) that have no part yet. Raises ValueError where there is a part of no unit."""
-    there = set((output / PREDICTED).names())
+    there = {name for name in (output / PREDICTED).names() if not name.startswith(".")}  # those are half-written
     tables = []
     for file, part in enumerate(cut):
         names = [part_name(file, number) for number in range(part.units)]
@@ -140,6 +140,7 @@ def summarise(output: Folder, job: Job, cut: Sequence[CutFile], done: int, secon
     missing = missing_units(output, cut)
     if len(missing):
         raise ValueError(f"{output}: {len(missing)} parts were removed while the job ran: run the same command again")
+    _sweep(output)
     reasons: Counter[str] = Counter()
     for name in (output / REJECTED).names():
         part = output / REJECTED / name
@@ -159,3 +160,11 @@ def summarise(output: Folder, job: Job, cut: Sequence[CutFile], done: int, secon
     )
     (output / SUMMARY).write(summary.model_dump_json(indent=2, by_alias=True).encode() + b"\n")
     return summary
+
+
+def _sweep(output: Folder) -> None:
+    """Remove what processes that were killed had begun to write."""
+    for kind in (PREDICTED, REJECTED):
+        for name in (output / kind).names():
+            if name.startswith("."):
+                output.filesystem.delete_file((output / kind / name).path)

@@ -92,9 +92,11 @@ def test_scores_equal_the_librarys_whoever_computes_them(
     for path in [again / "summary.json", *again.rglob("*.parquet")]:
         if path != kept:
             path.unlink()
+    (again / "predictions/.part-00001-000000.parquet.abc").write_bytes(b"half of it")
     before = kept.stat().st_mtime_ns
     gone_on = run(small_memory, [f"{inputs}/*/*.parquet", inputs / "b.jsonl.gz"], again, encoders=1)
     assert parts(again) == whole, "neither order nor number of actors matter"
+    assert not list(again.rglob(".*"))
     assert kept.stat().st_mtime_ns == before, "what was there is not computed again"
     assert gone_on.last_run.rows == 60 - 16
     assert gone_on.model_copy(update={"last_run": summary.last_run}) == summary
