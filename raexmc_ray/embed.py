@@ -28,10 +28,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
+from raexmc_ray.inputs.rows import Columns
+from raexmc_ray.inputs.units import read_texts
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import ClusterSection, EncoderSection
-from raexmc_ray.rows import Columns
-from raexmc_ray.units import read_texts
 
 UNIT_KEYS = 4096
 """Keys in a unit."""

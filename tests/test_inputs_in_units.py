@@ -15,11 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raexmc_ray import units
 from raexmc_ray.files import Folder
-from raexmc_ray.inputs import find_inputs
-from raexmc_ray.rows import Columns, Rejected
-from raexmc_ray.units import Unit, UnitReader, cut_files, read_texts
+from raexmc_ray.inputs import find_inputs, units
+from raexmc_ray.inputs.rows import Columns, Rejected
+from raexmc_ray.inputs.units import Unit, UnitReader, cut_files, read_texts
 
 TEXTS = st.lists(st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=8), max_size=40)
 

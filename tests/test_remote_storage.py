@@ -25,7 +25,7 @@ from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.pool import open_in_actors
 from raexmc_ray.memory.snapshot import SnapshotError, list_snapshots, publish_current
 from raexmc_ray.recipe import ClusterSection, MemorySection, PredictionSection, Recipe
-from raexmc_ray.score import score
+from raexmc_ray.score.run import score
 
 
 @pytest.fixture(scope="module")

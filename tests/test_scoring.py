@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import raexmc_ray
-from raexmc_ray import score_job, units
 from raexmc_ray.files import Folder
+from raexmc_ray.inputs import units
 from raexmc_ray.recipe import ClusterSection, PredictionSection
-from raexmc_ray.score import score
-from raexmc_ray.score_job import Summary
+from raexmc_ray.score.job import Job, Summary
+from raexmc_ray.score.run import score
 
 SETTINGS = PredictionSection(k=5, temperature=0.08)
 
@@ -132,7 +132,7 @@ def test_an_output_holds_one_job(
     (inputs / "b.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1, "text": "x"}'))
     with pytest.raises(ValueError, match=r"the input .*/b\.jsonl\.gz changed"):
         run(small_memory, [inputs], output)
-    job = score_job.Job.model_validate_json((output / "job.json").read_bytes())
+    job = Job.model_validate_json((output / "job.json").read_bytes())
     (output / "job.json").write_text(job.model_copy(update={"snapshot": "0123456789abcdef"}).model_dump_json())
     with pytest.raises(ValueError, match=r"snapshot was '0123456789abcdef', and is .*--snapshot 0123456789abcdef"):
         run(small_memory, [inputs], output)

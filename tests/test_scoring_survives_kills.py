@@ -24,7 +24,7 @@ from raexmc_ray.files import Folder
 from raexmc_ray.local import override
 from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.recipe import ClusterSection
-from raexmc_ray.score import score
+from raexmc_ray.score.run import score
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 ROWS, PARTS, K = 10_000, 10, 5

@@ -29,12 +29,12 @@ def score(
     """Label whole data sets. Stopped, the same command goes on."""
     from raexmc_ray.cluster import connected, count_gpus
     from raexmc_ray.files import Folder
+    from raexmc_ray.inputs.rows import Columns
     from raexmc_ray.local import override
     from raexmc_ray.memory.snapshot import open_snapshot
     from raexmc_ray.recipe import ClusterSection
-    from raexmc_ray.rows import Columns
-    from raexmc_ray.score import score
-    from raexmc_ray.score_job import PREDICTED
+    from raexmc_ray.score.job import PREDICTED
+    from raexmc_ray.score.run import score
 
     folder, target = Folder.at(memory), Folder.at(output)
     settings = override(open_snapshot(folder, snapshot).manifest.defaults, k, lambda_, temperature, neighbours)

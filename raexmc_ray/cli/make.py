@@ -61,8 +61,8 @@ def embed(
     from raexmc_ray.cluster import connected
     from raexmc_ray.embed import embed_files
     from raexmc_ray.files import Folder
+    from raexmc_ray.inputs.rows import Columns
     from raexmc_ray.recipe import ClusterSection, EncoderSection
-    from raexmc_ray.rows import Columns
 
     with connected():
         done = embed_files(

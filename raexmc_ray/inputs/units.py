@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raexmc_ray.inputs import InputFile, find_inputs
+from raexmc_ray.inputs.find import InputFile, find_inputs
+from raexmc_ray.inputs.rows import Columns, UnitRows, Unusable, column_cells, decode_line, judge_rows, parse_line
 from raexmc_ray.progress import Progress
-from raexmc_ray.rows import Columns, UnitRows, Unusable, column_cells, decode_line, judge_rows, parse_line
 
 UNIT_ROWS = 1024
 """Rows of one file in a unit; its last one has the rest."""

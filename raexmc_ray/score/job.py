@@ -1,4 +1,4 @@
-"""A scoring job on disk: what it computes, which of its parts are there, and what came of it. `score.py` does it.
+"""A scoring job on disk: what it computes, which of its parts are there, and what came of it. `run.py` does it.
 
     OUTPUT/
       job.json                              what is computed; written before the work begins
@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from raexmc_ray.files import Folder
+from raexmc_ray.inputs.units import CutFile
 from raexmc_ray.recipe import PredictionSection
-from raexmc_ray.units import CutFile
 
 JOB, SUMMARY, PREDICTED, REJECTED = "job.json", "summary.json", "predictions", "rejected"
 FORMAT_VERSION = 1

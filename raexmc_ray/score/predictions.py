@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from raexmc_ray.inputs.rows import Rejected
 from raexmc_ray.predict import Evidence, Predictions
-from raexmc_ray.rows import Rejected
 
 VOTE = pa.struct(
     {

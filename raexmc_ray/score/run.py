@@ -1,7 +1,7 @@
 """Ray Data: label whole data sets offline, in units that are computed once.
 
-A unit is so many rows of one input file (units.py). An encoder actor reads it, encodes it, asks the shard actors, and
-writes its part of the output (score_job.py) in one atomic step; the driver holds names and numbers, never rows.
+A unit is so many rows of one input file (inputs/units.py). An encoder actor reads it, encodes it, asks the shard actors, and
+writes its part of the output (job.py) in one atomic step; the driver holds names and numbers, never rows.
 
 A unit is one batch for the encoder and for the shards whoever does it, with so many threads whatever the number of
 actors, and files are numbered in the order of their names: so input order, the number of actors and restarts change
@@ -26,14 +26,14 @@ from raexmc_ray.embed import map_units
 from raexmc_ray.encoder import use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import InputFile, find_inputs
+from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows
+from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
 from raexmc_ray.memory.pool import ShardPool, ShardUnavailableError
 from raexmc_ray.memory.snapshot import LABELS, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
-from raexmc_ray.predictions import no_predictions, predictions_table, rejected_table
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import ClusterSection, PredictionSection
-from raexmc_ray.rows import Columns, Rejected, UnitRows
-from raexmc_ray.score_job import (
+from raexmc_ray.score.job import (
     JOB,
     PREDICTED,
     REJECTED,
@@ -46,7 +46,7 @@ from raexmc_ray.score_job import (
     part_name,
     summarise,
 )
-from raexmc_ray.units import UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
+from raexmc_ray.score.predictions import no_predictions, predictions_table, rejected_table
 
 BLOCKS = 4096
 """Pieces of work that Ray Data is given at most: a unit each, or several in a row where there are more units."""
@@ -67,7 +67,7 @@ def score(
     evidence: int = 0,
     snapshot: str | None = None,
 ) -> Summary:
-    """Write the best k labels of every input row under `output`, as score_job.py lays it out.
+    """Write the best k labels of every input row under `output`, as job.py lays it out.
 
     inputs: what `find_inputs` takes. Parts have the schema PREDICTIONS, with `evidence` keys a label in one more column
     where that is not 0; snapshot, settings and input stand in the schema's metadata. snapshot: of the memory, in place
