@@ -1,4 +1,4 @@
-"""Rows to label or to embed, from Parquet, JSON-lines and text files: found by name, cut into units, read and judged."""
+"""Rows to label or to embed, from Parquet, JSON-lines and text files: found, cut into units, read and judged."""
 
 from raexmc_ray.inputs.find import InputFile, find_inputs
 from raexmc_ray.inputs.rows import Columns

@@ -1,7 +1,7 @@
 """Ray Data: label whole data sets offline, in units that are computed once.
 
-A unit is so many rows of one input file (inputs/units.py). An encoder actor reads it, encodes it, asks the shard actors, and
-writes its part of the output (job.py) in one atomic step; the driver holds names and numbers, never rows.
+A unit is so many rows of one input file (inputs/units.py). An encoder actor reads it, encodes it, asks the shard
+actors, and writes its part of the output (job.py) in one atomic step; the driver holds names and numbers, never rows.
 
 A unit is one batch for the encoder and for the shards whoever does it, with so many threads whatever the number of
 actors, and files are numbered in the order of their names: so input order, the number of actors and restarts change
