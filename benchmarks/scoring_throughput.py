@@ -3,11 +3,12 @@ rows.
 
 Bare: Parquet read, texts encoded by 2 threads, keys searched in the same shards by 2 threads, votes aggregated, Parquet
 written; a unit of 1,024 rows after the other, nothing at the same time as anything else, the loading of encoder and
-memory not counted. It does a quarter of the rows before ours and a quarter after it. Ours: the command, with two encoder actors
-of one thread and four shard actors on the same two cores. Its rate is what ten times the rows take longer than the
-rows: so the start of Ray and its actors, and the end, where one actor has nothing left to do, are not counted. Ray's
-workers get the priority of an ordinary process, which the bare stages have, too: by default they step back behind
-everything else on the machine.
+memory not counted. It does a quarter of the rows before ours and a quarter after it.
+
+Ours: the command, with two encoder actors of one thread and four shard actors on the same two cores. Its rate is what
+ten times the rows take longer than the rows: so the start of Ray and its actors, and the end, where one actor has
+nothing left to do, are not counted. Ray's workers get the priority of an ordinary process, which the bare stages have,
+too: by default they step back behind everything else on the machine.
 
 Memory: proportional set size of the command and all processes that it starts, Ray's own too; the most of a sample a
 second.
