@@ -95,7 +95,7 @@ def test_rollback_goes_to_the_one_before_and_makes_it_current(
         other = PredictionSection(lambda_=0.2, k=3)
         tuned = with_defaults(Folder.at(memory), open_snapshot(memory), corpus.fingerprint, other)
         assert rollout() == (names[0], tuned), "other defaults are a snapshot as any other"
-        assert client.memory().defaults == other
+        assert PredictionSection.model_validate(client.memory().defaults) == other
         assert rollback() == (tuned, names[0])
 
 
