@@ -41,7 +41,7 @@ def test_the_table_has_its_rows_and_the_memory_learns(tiny_run: Recipe) -> None:
     corpus = read_corpus(tiny_run.corpus.path)
     memory, pool = open_in_actors(memory_of(tiny_run))
     with pool:
-        table = evaluate(memory, corpus, tiny_run.corpus, tiny_run.prediction)
+        table = evaluate(memory, corpus, tiny_run.corpus, tiny_run.prediction).table
     assert list(table) == ["popularity", "labels only", "instances only", "both"]
     assert table["both"]["R@100"] > table["popularity"]["R@100"]
     assert all(0 <= figure <= 100 for row in table.values() for figure in row.values())
