@@ -30,7 +30,7 @@ def test_training_is_submitted_to_a_cluster(ray_cluster: str, tiny_corpus: Path,
     assert list((tmp_path / "run/encoders").glob("*/trained.json"))
 
 
-@pytest.mark.parametrize("job", ["train", "build", "embed", "evaluate", "score"])
+@pytest.mark.parametrize("job", ["train", "build", "embed", "evaluate", "tune", "score"])
 def test_jobs_explain_themselves(job: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / f"jobs/{job}.py"), "--help"], capture_output=True, text=True, timeout=60

@@ -49,7 +49,7 @@ def inspect(
 def plan(
     instances: Annotated[int, typer.Option(min=0, help="Training instances.")],
     labels: Annotated[int, typer.Option(min=1, help="Labels.")],
-    dimension: Annotated[int, typer.Option(min=1, help="Numbers in an embedding.")] = 768,
+    dimension: Annotated[int, typer.Option(min=1, help="Numbers in a key, those of a lexical part included.")] = 768,
     index: Annotated[str, typer.Option(help="Kind of index, as memory.index in a recipe.")] = "flat",
     machines: Annotated[int, typer.Option(min=1, help="Machines, all alike.")] = 1,
     memory: Annotated[float, typer.Option(min=0.1, help="GiB of memory of each machine.")] = 64,
