@@ -118,7 +118,7 @@ def test_an_output_holds_one_job(
     with pytest.raises(ValueError, match="there is no row"):
         run(small_memory, [tmp_path / "empty.txt"], output)
 
-    monkeypatch.setattr("raexmc_ray.score._score_units", lambda *_: iter(()))  # killed before the first unit
+    monkeypatch.setattr("raexmc_ray.score.run._score_units", lambda *_: iter(()))  # killed before the first unit
     with pytest.raises(ValueError, match="5 parts were removed"):
         run(small_memory, [inputs], output)
     with pytest.raises(ValueError, match=r"is of another job: evidence was 2, and is 0: give another --output"):
