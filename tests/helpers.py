@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import random
+import signal
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import scipy.sparse as sp
 
 from raexmc_ray.corpus import Corpus, Split
@@ -114,3 +120,37 @@ def write_tiny_corpus(folder: Path) -> Path:
     (folder / "tst.json").write_bytes(json_lines(rows[:2]))
     (folder / "lbl.json").write_bytes(json_lines([{"uid": str(i), "title": f"label {i}"} for i in range(3)]))
     return folder
+
+
+class Killer(threading.Thread):
+    """Kills one of this process's descendants that works on `name`, as soon as there is one and it is `due`.
+
+    `killed` is its process id, 0 where the work was over before.
+    """
+
+    def __init__(self, name: str, due: Callable[[], bool]) -> None:
+        super().__init__()
+        self.name_, self.due, self.killed, self.ended = name, due, 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.005):
+            if self.due():
+                found = [process for process in psutil.Process().children(recursive=True) if self._is_it(process)]
+                if found:
+                    self.killed = random.choice(found).pid
+                    os.kill(self.killed, signal.SIGKILL)
+                    return
+
+    def _is_it(self, process: psutil.Process) -> bool:
+        try:
+            return self.name_ in " ".join(process.cmdline())
+        except psutil.Error:
+            return False
+
+    def __enter__(self) -> Killer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()

@@ -37,3 +37,11 @@ def test_jobs_explain_themselves(job: str) -> None:
     )
     assert done.returncode == 0
     assert "--" in done.stdout
+
+
+def test_a_job_says_a_mistake_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs/train.py"), "--recipe", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no recipe at")
+    assert "Traceback" not in done.stderr

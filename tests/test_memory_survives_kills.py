@@ -21,7 +21,7 @@ import ray
 import scipy.sparse as sp
 import yaml
 from conftest import kill_rounds
-from helpers import json_lines
+from helpers import Killer, json_lines
 
 import raexmc_ray
 from raexmc_ray.corpus import Corpus, read_corpus
@@ -89,55 +89,24 @@ def progress(storage: Path) -> int:
     return len([*storage.rglob("unit-*"), *storage.glob("memory/building/*/shard-*.json")])
 
 
-class Killer(threading.Thread):
-    """Kills one of this cluster's processes that works on `name`, once so many units and shards are done."""
-
-    def __init__(self, name: str, storage: Path, done: int) -> None:
-        super().__init__()
-        self.name_, self.storage, self.done, self.killed, self.ended = name, storage, done, 0, threading.Event()
-
-    def run(self) -> None:
-        while not self.ended.is_set():
-            found = [process for process in psutil.Process().children(recursive=True) if self._is_it(process)]
-            if found and progress(self.storage) >= self.done:
-                self.killed = random.choice(found).pid
-                os.kill(self.killed, signal.SIGKILL)
-                return
-            time.sleep(0.005)
-
-    def _is_it(self, process: psutil.Process) -> bool:
-        try:
-            return self.name_ in " ".join(process.cmdline())
-        except psutil.Error:
-            return False
-
-    def __enter__(self) -> Killer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.join()
-
-
 def test_a_killed_embedding_actor(undisturbed: Undisturbed, tmp_path: Path) -> None:
     kills = 0
     for number in kill_rounds("embedding_actor"):
-        recipe = recipe_of(undisturbed.corpus, tmp_path / str(number))
-        with Killer("_UnitEncoder", tmp_path / str(number), random.randint(0, 3)) as killer:
-            build(recipe, undisturbed.read, undisturbed.encoder)
+        storage, done = tmp_path / str(number), random.randint(0, 3)
+        with Killer("_UnitEncoder", lambda storage=storage, done=done: progress(storage) >= done) as killer:
+            build(recipe_of(undisturbed.corpus, storage), undisturbed.read, undisturbed.encoder)
         kills += killer.killed > 0
-        assert contents(tmp_path / str(number)) == undisturbed.contents
-        shutil.rmtree(tmp_path / str(number))
+        assert contents(storage) == undisturbed.contents
+        shutil.rmtree(storage)
     assert kills, "the test must kill"
 
 
 def test_a_killed_shard_during_build(undisturbed: Undisturbed, tmp_path: Path) -> None:
     kills = 0
     for number in kill_rounds("shard_build"):
-        storage = tmp_path / str(number)
+        storage, done = tmp_path / str(number), 5 + random.randint(0, 14)
         shutil.copytree(Path(undisturbed.recipe.cluster.storage) / "embeddings", storage / "embeddings")
-        with Killer("_write_shard", storage, 5 + random.randint(0, 14)) as killer:
+        with Killer("_write_shard", lambda storage=storage, done=done: progress(storage) >= done) as killer:
             build(recipe_of(undisturbed.corpus, storage), undisturbed.read, undisturbed.encoder)
         kills += killer.killed > 0
         assert contents(storage) == undisturbed.contents

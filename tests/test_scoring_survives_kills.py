@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 from conftest import kill_rounds
+from helpers import Killer
 
 from raexmc_ray.files import Folder
 from raexmc_ray.local import override
@@ -72,37 +70,6 @@ def undisturbed(ray_cluster: str, small_memory: Path, tmp_path_factory: pytest.T
     return Undisturbed(small_memory, tmp_path_factory.mktemp("undisturbed"))
 
 
-class Killer(threading.Thread):
-    """Kills one of this cluster's processes that works on `name`, once so many parts are there."""
-
-    def __init__(self, name: str, output: Path, parts: int) -> None:
-        super().__init__()
-        self.name_, self.output, self.parts, self.killed, self.ended = name, output, parts, 0, threading.Event()
-
-    def run(self) -> None:
-        while not self.ended.wait(0.01):
-            if progress(self.output) >= self.parts:
-                found = [process for process in psutil.Process().children(recursive=True) if self._is_it(process)]
-                if found:
-                    self.killed = random.choice(found).pid
-                    os.kill(self.killed, signal.SIGKILL)
-                    return
-
-    def _is_it(self, process: psutil.Process) -> bool:
-        try:
-            return self.name_ in " ".join(process.cmdline())
-        except psutil.Error:
-            return False
-
-    def __enter__(self) -> Killer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.join()
-
-
 def progress(output: Path) -> int:
     return len(list((output / "predictions").glob("part-*")))
 
@@ -112,7 +79,8 @@ def test_a_killed_actor(undisturbed: Undisturbed, tmp_path: Path, actor: str) ->
     kills = 0
     for number in kill_rounds(f"scoring_{actor.strip('_')}"):
         output = tmp_path / str(number)
-        with Killer(actor, output, random.randint(0, PARTS // 2)) as killer:
+        parts = random.randint(0, PARTS // 2)
+        with Killer(actor, lambda output=output, parts=parts: progress(output) >= parts) as killer:
             undisturbed.run(output)
         kills += killer.killed > 0
         assert contents(output) == undisturbed.contents

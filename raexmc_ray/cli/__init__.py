@@ -42,10 +42,11 @@ def _common(quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progre
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def main() -> None:
-    """Run the command; what a user did wrong is said in one line, without a trace."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command, by default the one of the command line; what a user did wrong is said in one line, without a
+    trace."""
     try:
-        app()
+        app(arguments)
     except (ValueError, FileNotFoundError, ArithmeticError, ConnectionError, DeploymentFailedError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)

@@ -133,7 +133,7 @@ def accumulate_gradients(
 def _embed(
     encoder: TextEncoder, prepared: Prepared, words: torch.Tensor, keep_all: bool
 ) -> tuple[torch.Tensor, list[tuple[Chunk, torch.Tensor | None]]]:
-    """Embeddings [texts, d] without a graph, and of each chunk those with a graph: of all chunks, or, to save
+    """Embeddings [texts, width] without a graph, and of each chunk those with a graph: of all chunks, or, to save
     memory, only of the last ones, which are carried back first."""
     embeddings = torch.empty(prepared.instances + prepared.labels, encoder.width, device=encoder.device)
     graphs: list[tuple[Chunk, torch.Tensor | None]] = []
