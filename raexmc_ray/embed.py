@@ -254,8 +254,10 @@ def quiet_data() -> None:
 
 
 def _bounded_retries() -> dict[str, int]:
-    """Options of an actor in a pool. Ray Data would start a crashing one again for ever; this ends the job."""
-    return {"max_restarts": 3, "max_task_retries": 3}
+    """Options of an actor in a pool. Ray Data would start a crashing one again for ever; this ends the job. The calls
+    have no bound of their own: until Ray knows that a node is gone, half a minute, each try to reach an actor there
+    would count."""
+    return {"max_restarts": 3, "max_task_retries": -1}
 
 
 def _digest(texts: pa.Table) -> str:

@@ -1,9 +1,14 @@
-"""Trains on a local cluster of two nodes, and kills the one that is not the head: `lose_a_node.py RECIPE`."""
+"""Works on a local cluster of two nodes, and kills the one that is not the head once there is something to lose.
+
+lose_a_node.py train RECIPE
+lose_a_node.py score MEMORY INPUT OUTPUT K
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,40 +18,65 @@ from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 from raexmc_ray.corpus import read_corpus
-from raexmc_ray.recipe import Recipe
+from raexmc_ray.files import Folder
+from raexmc_ray.local import override
+from raexmc_ray.memory.snapshot import open_snapshot
+from raexmc_ray.recipe import ClusterSection, Recipe
+from raexmc_ray.score.run import score
 from raexmc_ray.train.checkpoint import SEAL
 from raexmc_ray.train.trainer import train
 
+Work = tuple[Callable[[], object], Callable[[], bool]]
+"""What to do, and whether there is something to lose."""
+
+
+def training(recipe_path: str) -> tuple[int, Work]:
+    """One CPU a node: the run's two workers need both nodes."""
+    recipe = Recipe.load(recipe_path)
+    storage = Path(recipe.cluster.storage)
+    return 1, (lambda: train(recipe, read_corpus(recipe.corpus.path)), lambda: bool(list(storage.rglob(SEAL))))
+
+
+def scoring(memory: str, inputs: str, output: str, k: str) -> tuple[int, Work]:
+    """Two CPUs a node: three shards and three encoders need both nodes."""
+
+    def work() -> None:
+        settings = override(open_snapshot(Folder.at(memory)).manifest.defaults, k=int(k))
+        score(Folder.at(memory), [inputs], Folder.at(output), settings, ClusterSection(encoders=3))
+
+    return 2, (work, lambda: bool(list(Path(output).rglob("part-*"))))
+
 
 def main() -> None:
-    recipe = Recipe.load(sys.argv[1])
-    # One CPU each: the run's two workers need both nodes.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    doomed = cluster.add_node(num_cpus=1)
+    cpus, (work, due) = {"train": training, "score": scoring}[sys.argv[1]](*sys.argv[2:])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+    doomed = cluster.add_node(num_cpus=cpus)
     ray.init(address=cluster.address, log_to_driver=False)
-
     try:
-        lose_and_train(recipe, cluster, doomed)
+        # Ray starts nodes from the main thread only, so the work has the other one.
+        with ThreadPoolExecutor(1) as thread:
+            working = thread.submit(work)
+            while not due() and not working.done():
+                time.sleep(0.02)
+            if not working.done():
+                kill(doomed)
+                cluster.add_node(num_cpus=cpus)
+            working.result()
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
-def lose_and_train(recipe: Recipe, cluster: Cluster, doomed: Node) -> None:
-    """Train, and kill the node once there is a checkpoint."""
-    # Ray starts nodes from the main thread only, so the training has the other one.
-    with ThreadPoolExecutor(1) as thread:
-        training = thread.submit(train, recipe, read_corpus(recipe.corpus.path))
-        while not list(Path(recipe.cluster.storage).rglob(SEAL)):
-            time.sleep(0.02)
-        for started in doomed.all_processes.values():
-            for process in started:
-                root = psutil.Process(process.process.pid)
-                for member in [*root.children(recursive=True), root]:
-                    member.kill()
-        sys.stdout.write("killed a node\n")
-        cluster.add_node(num_cpus=1)
-        training.result()
+def kill(node: Node) -> None:
+    """With all that runs on it."""
+    killed = set()
+    for started in node.all_processes.values():
+        for process in started:
+            root = psutil.Process(process.process.pid)
+            for member in [*root.children(recursive=True), root]:
+                killed.add(" ".join(member.cmdline())[:30])
+                member.kill()
+    sys.stdout.write(f"killed a node: {sorted(killed)}\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Processes killed at random moments while files are scored: every row once, and the same to the last byte. One round
-here; `make soak` runs twenty of each."""
+here; `make soak` runs twenty of each, and five of the node, which Ray takes half a minute to miss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from conftest import kill_rounds
+from conftest import ROOT, kill_rounds
 from helpers import Killer
 
 from raexmc_ray.files import Folder
@@ -105,3 +105,18 @@ def test_a_killed_driver(undisturbed: Undisturbed, tmp_path: Path) -> None:
         assert contents(output) == undisturbed.contents
         assert {part: part.stat().st_mtime_ns for part in before} == before, "what was there is not computed again"
     assert kills, "the test must kill"
+
+
+def test_a_killed_node(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """A cluster of its own, of a head and two nodes; one of the nodes dies with its encoders and its shards, another
+    one joins."""
+    lost = 0
+    for number in kill_rounds("scoring_node", soak=5):
+        output = tmp_path / str(number)
+        arguments = ["score", undisturbed.memory.path, str(undisturbed.inputs), str(output), str(K)]
+        command = [sys.executable, str(ROOT / "tests/lose_a_node.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lost += all(name in done.stdout for name in ("killed a node", "_UnitScorer", "ShardActor"))
+        assert contents(output) == undisturbed.contents
+    assert lost, "the node must die with an encoder and a shard"

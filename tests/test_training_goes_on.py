@@ -142,7 +142,7 @@ def test_a_killed_node_changes_nothing_in_the_result(tiny_run: Recipe, tmp_path:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/lose_a_node.py"), str(recipe)],
+        [sys.executable, str(ROOT / "tests/lose_a_node.py"), "train", str(recipe)],
         capture_output=True,
         text=True,
         timeout=280,

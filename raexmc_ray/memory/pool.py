@@ -27,7 +27,9 @@ class ShardUnavailableError(RuntimeError):
     """A shard did not answer. An answer without it would be partial, so there is none."""
 
 
-@ray.remote(max_restarts=-1, max_task_retries=2, scheduling_strategy="SPREAD")
+# Calls are made again without a bound: until Ray knows that a node is gone, each try to reach an actor there would
+# count. What bounds a call is the pool's deadline.
+@ray.remote(max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")
 class ShardActor:
     """One shard in a process of its own. Killed, it comes back from the snapshot, and the call is made again."""
 
