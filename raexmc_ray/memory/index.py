@@ -17,6 +17,7 @@ float32 scores differ by up to 5e-7 between batch sizes; the others' are so by t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ SLACK = 16
 """Candidates beyond b in the first search; enough that the exact order of the best b is nearly always settled."""
 RESCORE_BYTES = 4 << 20
 """Keys in float64 held at once while scores are made exact: about a core's cache."""
+FEW_NUMBERS = 1 << 20
+"""Numbers of float16 keys up to which NumPy converts them before torch is there: a restarted shard's first answers do
+not wait a second for it."""
 REFINED = 6
 """Keys of `ivf-pq` that are rescored for each one that is wanted."""
 SAMPLE_PER_LIST, SAMPLE_LEAST = 64, 16384
@@ -358,7 +362,10 @@ class ShardIndex:
     def _rescored(self, queries_BD: np.ndarray, positions_Bw: np.ndarray) -> np.ndarray:
         """float32 [B, w]: inner products with the keys kept for it; float64 rounded once where they are float32."""
         assert self._keys_ND is not None
-        inner_products = _in_float64 if self._keys_ND.dtype == np.float32 else _in_float32
+        inner_products = _in_float64
+        if self._keys_ND.dtype == np.float16:
+            few = positions_Bw.size * self.spec.dimension <= FEW_NUMBERS
+            inner_products = _in_float32 if few and "torch" not in sys.modules else _in_float32_by_torch
         scores = np.empty(positions_Bw.shape, np.float32)
         step = max(1, RESCORE_BYTES // (positions_Bw.shape[1] * self.spec.dimension * 8))
         for first in range(0, len(queries_BD), step):
@@ -374,6 +381,10 @@ def _in_float64(keys_BwD: np.ndarray, queries_BD: np.ndarray) -> np.ndarray:
 
 
 def _in_float32(keys_BwD: np.ndarray, queries_BD: np.ndarray) -> np.ndarray:
+    return np.matmul(keys_BwD.astype(np.float32), queries_BD[:, :, None])[:, :, 0]
+
+
+def _in_float32_by_torch(keys_BwD: np.ndarray, queries_BD: np.ndarray) -> np.ndarray:
     import torch  # it converts float16 at six times NumPy's speed; shards of other kinds open without it
 
     return np.matmul(torch.from_numpy(keys_BwD).float().numpy(), queries_BD[:, :, None])[:, :, 0]

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import ray
 
 from raexmc_ray.files import Folder
-from raexmc_ray.local import Memory
 from raexmc_ray.memory.hits import Hits, search_all
 from raexmc_ray.memory.index import Lists, use_threads
 from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.shard import Shard, join_keys, key_rows
 from raexmc_ray.memory.snapshot import Snapshot, open_snapshot
 from raexmc_ray.recipe import Neighbours
+
+if TYPE_CHECKING:
+    from raexmc_ray.local import Memory
 
 PUT_ABOVE_BYTES = 100_000
 """Larger queries, and their lists, are put in shared memory once; smaller ones travel inside each call."""
@@ -123,6 +125,9 @@ class ShardPool:
 
 def open_in_actors(memory: Folder, snapshot: str | None = None, *, gpu: bool = False) -> tuple[Memory, ShardPool]:
     """The memory with its shards in actors, each with a GPU if asked for, and the pool to close afterwards."""
+    # Not above: a shard's actor imports this module, and would start later by SciPy.
+    from raexmc_ray.local import Memory
+
     opened = open_snapshot(memory, snapshot)
     pool = ShardPool(memory, opened, gpu=gpu)
     return Memory(opened, pool), pool
