@@ -1,4 +1,4 @@
-"""A killed shard is back at once: its process answers without torch and SciPy, which take a second to import."""
+"""A killed shard is back at once: its process answers without torch, SciPy and pandas, a second to import."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ quantizer = snapshot.quantizer()
 query = np.eye(1, 32, dtype=np.float32)
 hits = Shard(snapshot, 0).search(query, Neighbours(joint=5), quantizer and quantizer.assign(query))
 assert (hits.key_ids_Bb >= 0).all()
-sys.exit(bool({"torch", "scipy"} & set(sys.modules)))
+sys.exit(bool({"torch", "scipy", "pandas"} & set(sys.modules)))
 """
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf-fp16", "ivf-pq", "hnsw"])
-def test_the_first_answer_needs_no_torch(tmp_path: Path, kind: str) -> None:
+def test_the_first_answer_needs_none_of_them(tmp_path: Path, kind: str) -> None:
     rng = np.random.default_rng(0)
     publish_keys(
         tmp_path, unit_rows(rng, 300, 32), random_relevance(rng, 200, 100), 2, settings=MemorySection(index=kind)

@@ -38,9 +38,10 @@ class Shard:
         self._keys = read_keys(paths[1])
         if len(self._index) != len(self._keys):
             raise SnapshotError(f"{paths[0].parent}: {len(self._index)} keys in the index, {len(self._keys)} beside it")
-        self._key_ids = self._keys["key_id"].chunk(0).to_numpy()
+        # Not `to_numpy`: it imports pandas, a third of a second in which a restarted shard does not answer.
+        self._key_ids = np.from_dlpack(self._keys["key_id"].chunk(0))
         values = self._keys["labels"].chunk(0)
-        self._vote_offsets, self._votes = values.offsets.to_numpy(), values.values.to_numpy()
+        self._vote_offsets, self._votes = np.from_dlpack(values.offsets), np.from_dlpack(values.values)
         self._instances = int(np.searchsorted(self._key_ids, manifest.instances))
 
     def __len__(self) -> int:
