@@ -20,7 +20,8 @@ def write_result(name: str, figures: dict[str, Any], targets: list[dict[str, Any
     """Write results/NAME.json; each target is {"what", "figure", "target", "holds"}."""
     result = {
         "name": name,
-        "command": " ".join(["python", *sys.argv]),
+        # A soak runs in pytest, whose own path on this machine says nothing.
+        "command": "make soak" if "pytest" in sys.argv[0] else " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
