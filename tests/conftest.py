@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -119,13 +120,35 @@ def tiny_texts(tiny_corpus: Path) -> list[str]:
     return read_corpus(tiny_corpus).test.texts["text"].to_pylist()
 
 
-def kill_rounds(name: str, short: int = 1, soak: int = 20) -> Iterator[int]:
-    """The rounds of a kill test: one, or with RAEXMC_SOAK=1 all of them, which leaves a result."""
-    long = os.environ.get("RAEXMC_SOAK") == "1"
-    rounds = soak if long else short
-    yield from range(rounds)
-    if long:  # every round before this one held, or the test would have ended
-        sys.path.insert(0, str(ROOT / "benchmarks"))
-        from _result import at_least, write_result
+class Rounds:
+    """The rounds of a test that leaves something to chance: `short`, or with RAEXMC_SOAK=1 `soak` of them, of which a
+    result is left when all held. A context manager, to be iterated once within.
 
-        write_result(f"soak_{name}", {"rounds": rounds}, [at_least("rounds with the undisturbed result", rounds, soak)])
+    A round counts unless it says `again`, because it killed nobody.
+    """
+
+    def __init__(self, name: str, short: int = 1, soak: int = 20) -> None:
+        self._name, self._soak = name, soak if os.environ.get("RAEXMC_SOAK") == "1" else 0
+        self._rounds, self._missed = self._soak or short, 0
+
+    def again(self) -> None:
+        self._missed += 1
+        assert self._missed < self._rounds + 2, "the test must kill"
+
+    def __iter__(self) -> Iterator[int]:
+        number = 0
+        while number < self._rounds + self._missed:
+            yield number
+            number += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if self._soak and error is None:
+            sys.path.insert(0, str(ROOT / "benchmarks"))
+            from _result import at_least, write_result
+
+            figures = {"rounds": self._rounds, "rounds_that_killed_nobody": self._missed}
+            targets = [at_least("rounds that held", self._rounds, self._soak)]
+            write_result(f"soak_{self._name}", figures, targets)

@@ -20,7 +20,7 @@ import pytest
 import ray
 import scipy.sparse as sp
 import yaml
-from conftest import kill_rounds
+from conftest import Rounds
 from helpers import Killer, json_lines
 
 import raexmc_ray
@@ -90,28 +90,28 @@ def progress(storage: Path) -> int:
 
 
 def test_a_killed_embedding_actor(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    kills = 0
-    for number in kill_rounds("embedding_actor"):
-        storage, done = tmp_path / str(number), random.randint(0, 3)
-        with Killer("_UnitEncoder", lambda storage=storage, done=done: progress(storage) >= done) as killer:
-            build(recipe_of(undisturbed.corpus, storage), undisturbed.read, undisturbed.encoder)
-        kills += killer.killed > 0
-        assert contents(storage) == undisturbed.contents
-        shutil.rmtree(storage)
-    assert kills, "the test must kill"
+    with Rounds("embedding_actor") as rounds:
+        for number in rounds:
+            storage, done = tmp_path / str(number), random.randint(0, 3)
+            with Killer("_UnitEncoder", lambda storage=storage, done=done: progress(storage) >= done) as killer:
+                build(recipe_of(undisturbed.corpus, storage), undisturbed.read, undisturbed.encoder)
+            if not killer.killed:
+                rounds.again()
+            assert contents(storage) == undisturbed.contents
+            shutil.rmtree(storage)
 
 
 def test_a_killed_shard_during_build(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    kills = 0
-    for number in kill_rounds("shard_build"):
-        storage, done = tmp_path / str(number), 5 + random.randint(0, 14)
-        shutil.copytree(Path(undisturbed.recipe.cluster.storage) / "embeddings", storage / "embeddings")
-        with Killer("_write_shard", lambda storage=storage, done=done: progress(storage) >= done) as killer:
-            build(recipe_of(undisturbed.corpus, storage), undisturbed.read, undisturbed.encoder)
-        kills += killer.killed > 0
-        assert contents(storage) == undisturbed.contents
-        shutil.rmtree(storage)
-    assert kills, "the test must kill"
+    with Rounds("shard_build") as rounds:
+        for number in rounds:
+            storage, done = tmp_path / str(number), 5 + random.randint(0, 14)
+            shutil.copytree(Path(undisturbed.recipe.cluster.storage) / "embeddings", storage / "embeddings")
+            with Killer("_write_shard", lambda storage=storage, done=done: progress(storage) >= done) as killer:
+                build(recipe_of(undisturbed.corpus, storage), undisturbed.read, undisturbed.encoder)
+            if not killer.killed:
+                rounds.again()
+            assert contents(storage) == undisturbed.contents
+            shutil.rmtree(storage)
 
 
 def test_a_killed_shard_during_search(undisturbed: Undisturbed) -> None:
@@ -121,8 +121,8 @@ def test_a_killed_shard_during_search(undisturbed: Undisturbed) -> None:
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     neighbours = Neighbours(joint=100)
     expected = raexmc_ray.open(memory.path).search(queries, neighbours)
-    with ShardPool(memory, open_snapshot(memory), cpus=0.1) as pool:
-        for _ in kill_rounds("shard_search"):
+    with ShardPool(memory, open_snapshot(memory), cpus=0.1) as pool, Rounds("shard_search") as rounds:
+        for _ in rounds:
             victim = ray.get(random.choice(pool.actors).pid.remote())
             timer = threading.Timer(random.uniform(0, 0.3), os.kill, (victim, signal.SIGKILL))
             timer.start()
@@ -136,28 +136,30 @@ def test_a_killed_shard_during_search(undisturbed: Undisturbed) -> None:
 
 def test_a_killed_driver(undisturbed: Undisturbed, tmp_path: Path) -> None:
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    kills = 0
-    for number in kill_rounds("build_driver"):
-        storage = tmp_path / str(number)
-        recipe = tmp_path / f"{number}.yaml"
-        recipe.write_text(yaml.safe_dump(recipe_of(undisturbed.corpus, storage).model_dump(by_alias=True, mode="json")))
-        command = [sys.executable, "-m", "raexmc_ray.cli", "build", "--recipe", str(recipe), "--encoder"]
-        command.append(undisturbed.encoder.path)
-        driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        done = random.randint(1, 20)
-        while driver.poll() is None and progress(storage) < done:
-            time.sleep(0.01)
-        kills += driver.poll() is None
-        driver.kill()
-        driver.wait()
-        if (storage / "memory/CURRENT").exists():
-            assert sum(verify(open_snapshot(storage / "memory"))) > 0, "what is current is whole"
-        before = {unit: unit.stat().st_mtime_ns for unit in storage.rglob("unit-*")}
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-        assert contents(storage) == undisturbed.contents
-        assert {unit: unit.stat().st_mtime_ns for unit in before} == before, "what was there is not computed again"
-        shutil.rmtree(storage)
-    assert kills, "the test must kill"
+    with Rounds("build_driver") as rounds:
+        for number in rounds:
+            storage = tmp_path / str(number)
+            recipe = tmp_path / f"{number}.yaml"
+            recipe.write_text(
+                yaml.safe_dump(recipe_of(undisturbed.corpus, storage).model_dump(by_alias=True, mode="json"))
+            )
+            command = [sys.executable, "-m", "raexmc_ray.cli", "build", "--recipe", str(recipe), "--encoder"]
+            command.append(undisturbed.encoder.path)
+            driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            done = random.randint(1, 20)
+            while driver.poll() is None and progress(storage) < done:
+                time.sleep(0.01)
+            if driver.poll() is not None:
+                rounds.again()
+            driver.kill()
+            driver.wait()
+            if (storage / "memory/CURRENT").exists():
+                assert sum(verify(open_snapshot(storage / "memory"))) > 0, "what is current is whole"
+            before = {unit: unit.stat().st_mtime_ns for unit in storage.rglob("unit-*")}
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+            assert contents(storage) == undisturbed.contents
+            assert {unit: unit.stat().st_mtime_ns for unit in before} == before, "what was there is not computed again"
+            shutil.rmtree(storage)
 
 
 def test_the_undisturbed_memory_has_every_key_once(undisturbed: Undisturbed) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import free_port, kill_rounds
+from conftest import Rounds, free_port
 from helpers import MODEL
 from load import Answers, Load
 
@@ -66,16 +66,17 @@ def url(memory: Path, names: tuple[str, str]) -> Iterator[str]:
 
 def test_back_and_forth_under_load(url: str, names: tuple[str, str], tiny_texts: list[str], expected: Answers) -> None:
     assert [label.uid for label in expected[names[0]][0]] != [label.uid for label in expected[names[1]][0]]
-    with Load(url, tiny_texts[:TEXTS], expected) as load:
-        for number in kill_rounds("rollouts", short=3, soak=50):
-            before, after = names[number % 2], names[1 - number % 2]
-            load.wait_for(20)
-            assert rollout(after) == (before, after)
-            load.snapshots.clear()
-            load.wait_for(20)
-            assert after in load.snapshots
-    assert load.wrong == []
-    assert load.errors == load.broken == []
+    with Rounds("rollouts", short=3, soak=50) as rounds:
+        with Load(url, tiny_texts[:TEXTS], expected) as load:
+            for number in rounds:
+                before, after = names[number % 2], names[1 - number % 2]
+                load.wait_for(20)
+                assert rollout(after) == (before, after)
+                load.snapshots.clear()
+                load.wait_for(20)
+                assert after in load.snapshots
+        assert load.wrong == []
+        assert load.errors == load.broken == []
 
 
 def test_rollback_goes_to_the_one_before_and_makes_it_current(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ray
-from conftest import free_port, kill_rounds
+from conftest import Rounds, free_port
 from load import Answers, Load
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.util.state import get_actor
@@ -68,7 +68,7 @@ def wait_until_whole(deployment: str, number: int, killed: int) -> None:
     pytest.fail(f"{deployment} did not come back")
 
 
-def kill_under_load(url: str, texts: list[str], expected: Answers, deployment: str, rounds: Iterator[int]) -> Load:
+def kill_under_load(url: str, texts: list[str], expected: Answers, deployment: str, rounds: Rounds) -> Load:
     rng = random.Random(deployment)
     with Load(url, texts, expected) as load:
         for _ in rounds:
@@ -84,24 +84,27 @@ def kill_under_load(url: str, texts: list[str], expected: Answers, deployment: s
 
 
 def test_nobody_notices_that_a_shard_replica_is_lost(url: str, tiny_texts: list[str], expected: Answers) -> None:
-    rounds = kill_rounds("serving_shard", short=2, soak=10)
-    load = kill_under_load(url, tiny_texts[:TEXTS], expected, "MemoryShard-1", rounds)
-    assert load.errors == load.broken == []
+    with Rounds("serving_shard", short=2, soak=10) as rounds:
+        load = kill_under_load(url, tiny_texts[:TEXTS], expected, "MemoryShard-1", rounds)
+        assert load.errors == load.broken == []
 
 
 def test_a_lost_encoder_is_an_error_that_says_so(url: str, tiny_texts: list[str], expected: Answers) -> None:
-    load = kill_under_load(url, tiny_texts[:TEXTS], expected, "Encoder", kill_rounds("serving_encoder", 1, 10))
-    assert load.broken == []
+    with Rounds("serving_encoder", soak=10) as rounds:
+        load = kill_under_load(url, tiny_texts[:TEXTS], expected, "Encoder", rounds)
+        assert load.broken == []
 
 
 def test_the_controller_is_not_missed(url: str, tiny_texts: list[str], expected: Answers) -> None:
-    load = kill_under_load(url, tiny_texts[:TEXTS], expected, "controller", kill_rounds("serving_controller", 1, 10))
-    assert load.errors == load.broken == []
+    with Rounds("serving_controller", soak=10) as rounds:
+        load = kill_under_load(url, tiny_texts[:TEXTS], expected, "controller", rounds)
+        assert load.errors == load.broken == []
 
 
 def test_after_a_lost_ingress_answers_are_right_again(url: str, tiny_texts: list[str], expected: Answers) -> None:
-    load = kill_under_load(url, tiny_texts[:TEXTS], expected, "Ingress", kill_rounds("serving_ingress", 1, 10))
-    assert all("Traceback" not in said for said in load.broken), "Serve's proxy answers for it: in its own words"
+    with Rounds("serving_ingress", soak=10) as rounds:
+        load = kill_under_load(url, tiny_texts[:TEXTS], expected, "Ingress", rounds)
+        assert all("Traceback" not in said for said in load.broken), "Serve's proxy answers for it: in its own words"
 
 
 def test_a_missing_shard_is_named_or_left_out_where_that_is_allowed(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from conftest import kill_rounds, tiny_settings
+from conftest import Rounds, tiny_settings
 from helpers import corpus_of, publish_keys, random_relevance, tiny_encoder, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -221,8 +221,9 @@ def test_killed_in_the_middle_the_old_one_is_current_and_the_same_command_goes_o
         assert (tmp_path / "CURRENT").read_text().strip() == old
         assert sum(verify(open_snapshot(tmp_path))) > 0
 
-    for _ in kill_rounds("tuned_snapshot", short=2):
-        kill(random.randrange(last))
+    with Rounds("tuned_snapshot", short=2) as rounds:
+        for _ in rounds:
+            kill(random.randrange(last))
     kill(last)
     subprocess.run([*command, "1000", corpus.fingerprint, settings], check=True)
     current = open_snapshot(tmp_path)
