@@ -69,12 +69,12 @@ def main() -> None:
 
 def kill(node: Node) -> None:
     """With all that runs on it."""
-    killed = set()
+    killed = []
     for started in node.all_processes.values():
         for process in started:
             root = psutil.Process(process.process.pid)
             for member in [*root.children(recursive=True), root]:
-                killed.add(" ".join(member.cmdline())[:30])
+                killed.append(" ".join(member.cmdline())[:30])
                 member.kill()
     sys.stdout.write(f"killed a node: {sorted(killed)}\n")
 

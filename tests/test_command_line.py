@@ -93,3 +93,10 @@ def test_build_over_any_encoder_then_evaluate_tune_and_score(tmp_path: Path, tin
     rows = pq.read_table(part).to_pylist()
     assert [row["id"] for row in rows] == ["1", "2"]
     assert all(len(row["labels"]) == len(row["scores"]) == 3 for row in rows)
+
+    texts.write_text("\n \n")
+    for output, says in (("none", "0 of 2 rows scored, 2 rejected"), ("texts.txt/out", "Not a directory")):
+        failed = run("score", str(tmp_path / "run/memory"), str(texts), "--output", str(tmp_path / output))
+        assert failed.returncode == 1
+        assert says in failed.stderr
+        assert "Traceback" not in failed.stderr

@@ -42,6 +42,15 @@ def measured(memory: Memory, corpus: Corpus) -> Measured:
     return evaluate(memory, corpus, SECTION, SETTINGS)
 
 
+def test_a_memory_of_another_corpus_is_refused(memory: Memory, corpus: Corpus) -> None:
+    """Rows held out of the corpus are in this memory, and would find themselves."""
+    with pytest.raises(ValueError, match=f"snapshot {memory.manifest.id} is not of this corpus"):
+        evaluate(memory, corpus.hold_out(0.2), SECTION, SETTINGS)
+    reordered = Corpus(corpus.train, corpus.test, corpus.labels.take(np.arange(len(corpus.labels))[::-1]))
+    with pytest.raises(ValueError, match="is not of this corpus"):
+        evaluate(memory, reordered, SECTION, SETTINGS)
+
+
 def searched_apart(memory: Memory, corpus: Corpus, settings: PredictionSection) -> dict[str, dict[str, float]]:
     """The table from a retrieval for each of its rows."""
     queries = memory.encoder.encode(corpus.test.texts["text"].to_pylist())

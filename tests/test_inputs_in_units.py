@@ -128,6 +128,9 @@ def test_files_are_found_by_name_glob_and_folder_in_any_order(tmp_path: Path) ->
     assert names(".") == everything
     assert names("sub", "b.jsonl", "a.txt", ".") == everything
     assert names(".", output="sub/predictions") == everything[:-1]
+    (tmp_path / "to_sub").symlink_to(tmp_path / "sub")
+    assert names("to_sub", output="to_sub/predictions") == ["to_sub/c.parquet", "to_sub/deep/d.txt.gz"]
+    (tmp_path / "to_sub").unlink()
     assert names("*.txt") == ["a.txt"]
     assert names("[ab].*") == ["a.txt", "b.jsonl"]
     assert names("**/*.txt*") == ["a.txt", "sub/deep/d.txt.gz"]
@@ -162,6 +165,47 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: {says}"):
         cut_files(find_inputs([str(tmp_path / name)]), Columns())
+
+
+def test_json_rows_may_lack_what_is_null(tmp_path: Path) -> None:
+    """As Spark writes them: a long way into the file no row has a text."""
+    lines = [json.dumps({"id": i} | ({"text": "x"} if i == 500 else {})) for i in range(501)]
+    (tmp_path / "a.json").write_text("\n".join(lines))
+    (cut,) = cut_files(find_inputs([str(tmp_path / "a.json")]), Columns())
+    rows = UnitReader([cut.file], Columns()).read(Unit(**cut.table(0, np.arange(1)).to_pylist()[0]))
+    assert rows.ids == ["500"]
+    assert len(rows.rejected) == 500
+    assert rows.rejected[0].reason == "the text is missing"
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_a_text_of_several_columns_is_joined_as_a_corpus_joins_it(tmp_path: Path, ending: str) -> None:
+    path, columns = tmp_path / f"rows{ending}", Columns("uid", ("title", "content"))
+    rows: list[dict] = [
+        {"uid": "a", "title": "vim", "content": "an editor"},
+        {"uid": "b", "title": "vim", "content": ""},
+        {"uid": "c", "title": None, "content": "an editor"},
+        {"uid": "d", "title": None, "content": None},
+        {"uid": "e", "title": "", "content": " "},
+    ]
+    if ending == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        rows += [{"uid": "f", "title": "vim"}, {"uid": "g"}, {"uid": "h", "title": "vim", "content": 1}]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (cut,) = cut_files(find_inputs([str(path)]), columns)
+    read = UnitReader([cut.file], columns).read(Unit(**cut.table(0, np.arange(1)).to_pylist()[0]))
+    texts = dict(zip(read.ids, read.texts, strict=True))
+    rejected = {one.id: one.reason for one in read.rejected}
+    assert {"a": "vim an editor", "b": "vim", "c": "an editor"}.items() <= texts.items()
+    assert {"d": "the text is null", "e": "the text is empty"}.items() <= rejected.items()
+    if ending == ".jsonl":
+        assert texts["f"] == "vim"
+        assert rejected["g"] == "the text is missing"
+        assert rejected["h"] == "the text is no string, but int"
+    else:
+        with pytest.raises(ValueError, match=r"has no column .contents.*--text-column"):
+            cut_files(find_inputs([str(path)]), Columns("uid", ("title", "contents")))
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,8 @@ def test_what_does_not_fit_the_rows_is_refused(memory: raexmc_ray.Memory, corpus
     refused(whole.set_column(0, "id", ids), r"part-0\.parquet: id 'elsewhere' is no uid of the corpus's test part")
     far = pa.array([[10**6], *whole["labels"].to_pylist()[1:]], pa.list_(pa.int64()))
     refused(whole.set_column(1, "labels", far), rf"part-0\.parquet, id '{uid}': label 1000000 is none of the corpus's")
+    twice = pa.array([[3, 5, 3], *whole["labels"].to_pylist()[1:]], pa.list_(pa.int64()))
+    refused(whole.set_column(1, "labels", twice), rf"part-0\.parquet, id '{uid}': a label is there twice")
     refused(whole.drop_columns(["labels"]), r"part-0\.parquet: is no file of predictions")
     refused(whole.set_column(1, "labels", pa.array([["a"]] * len(whole))), r"part-0\.parquet: column 'labels' must be")
     other = {"snapshot": "another", "settings": json.dumps({"k": 12})}

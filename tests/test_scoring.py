@@ -121,6 +121,11 @@ def test_an_output_holds_one_job(
     monkeypatch.setattr("raexmc_ray.score.run._score_units", lambda *_: iter(()))  # killed before the first unit
     with pytest.raises(ValueError, match="5 parts were removed"):
         run(small_memory, [inputs], output)
+    (output / "rejected").mkdir()
+    (output / "rejected/part.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"rejected/part\.parquet: is none of this job's parts"):
+        run(small_memory, [inputs], output)
+    (output / "rejected/part.parquet").unlink()
     with pytest.raises(ValueError, match=r"is of another job: evidence was 2, and is 0: give another --output"):
         run(small_memory, [inputs], output, evidence=0)
     with pytest.raises(ValueError, match=r"the input .*/b\.jsonl\.gz is gone"):

@@ -126,6 +126,10 @@ def test_a_corpus_holdout_comes_first_and_another_corpus_is_refused(
     assert rows.own_keys is None
     assert rows.warning is None
     assert set(rows.split.texts["uid"].to_pylist()) <= set(part.test.texts["uid"].to_pylist())
+    elsewhere = recipe_of(
+        tiny_corpus, tmp_path, corpus={"path": str(tiny_corpus), "holdout": 0.25}, encoder={"layers": 2}
+    )
+    assert "not known" in str(held_out_rows(elsewhere, part, other).warning)
     trained(tmp_path, recipe_of(tiny_corpus, tmp_path))
     assert "another corpus.holdout" in str(held_out_rows(held, part, other).warning)
 

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     trace."""
     try:
         app(arguments)
-    except (ValueError, FileNotFoundError, ArithmeticError, ConnectionError, DeploymentFailedError) as error:
+    except (ValueError, OSError, ArithmeticError, DeploymentFailedError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -20,9 +20,12 @@ def score(
     evidence: Annotated[int, typer.Option(min=0, help="Keys named for each label.")] = 0,
     snapshot: Annotated[str | None, typer.Option(help="Of the memory; its current one where left out.")] = None,
     id_column: Annotated[str, typer.Option(help="Column with the id of a row.")] = "id",
-    text_column: Annotated[str, typer.Option(help="Column with the text of a row.")] = "text",
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="Column with the text of a row; several are joined. [default: text]")
+    ] = None,
     encoders: Annotated[
-        int | None, typer.Option(min=1, help="Encoder actors at most: 2, or as many as there are GPUs.")
+        int | None,
+        typer.Option(min=1, help="Encoder actors at most: 2, or with --gpu as many as there are GPUs now."),
     ] = None,
     gpu: Annotated[bool, typer.Option(help="Give each encoder actor a GPU.")] = False,
 ) -> None:
@@ -33,7 +36,7 @@ def score(
     from raexmc_ray.local import override
     from raexmc_ray.memory.snapshot import open_snapshot
     from raexmc_ray.recipe import ClusterSection
-    from raexmc_ray.score.job import PREDICTED
+    from raexmc_ray.score.job import PREDICTED, REJECTED
     from raexmc_ray.score.run import score
 
     folder, target = Folder.at(memory), Folder.at(output)
@@ -45,10 +48,12 @@ def score(
             target,
             settings,
             ClusterSection(encoders=encoders or (count_gpus() if gpu else 2), gpu=gpu),
-            Columns(id_column, text_column),
+            Columns(id_column, tuple(text_column or ["text"])),
             evidence=evidence,
             snapshot=snapshot,
         )
+    if not summary.scored:
+        raise ValueError(f"{summary}: see {target / REJECTED}")
     console.print(f"{summary}: {target / PREDICTED}", soft_wrap=True, highlight=False)
 
 

@@ -51,7 +51,9 @@ def embed(
     encoder: Annotated[str, typer.Option(help="Any encoder: folder, hub name, package:NAME.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the embeddings.")],
     id_column: Annotated[str, typer.Option(help="Column with the id of a row.")] = "id",
-    text_column: Annotated[str, typer.Option(help="Column with the text of a row.")] = "text",
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="Column with the text of a row; several are joined. [default: text]")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=3, help="Texts are cut to so many tokens.")] = 32,
     half: Annotated[bool, typer.Option(help="Write float16, not float32.")] = False,
     encoders: Annotated[int, typer.Option(min=1, help="Encoder actors.")] = 2,
@@ -71,7 +73,7 @@ def embed(
             encoder,
             EncoderSection(max_tokens=max_tokens),
             ClusterSection(encoders=encoders, gpu=gpu),
-            Columns(id_column, text_column),
+            Columns(id_column, tuple(text_column or ["text"])),
             dtype="float16" if half else "float32",
         )
     console.print(f"{done.keys:,} embeddings: {done.folder}", soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,8 +15,10 @@ from raexmc_ray.cli.output import console, print_plain
 def evaluate(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006  # typer copies it
-    output: Annotated[Path | None, typer.Option(help="Write the evaluation here, too: JSON, rows beside it.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Folder for a report: a page, its figures and data.")] = None,
+    output: Annotated[str | None, typer.Option(help="Write the evaluation here, too: JSON, rows beside it.")] = None,
+    report: Annotated[
+        str | None, typer.Option(help="Folder or URL for a report: a page, its figures and data.")
+    ] = None,
     predictions: Annotated[
         str | None, typer.Option(help="Measure what `raexmc score` wrote for the test part here, not the memory.")
     ] = None,
@@ -50,7 +51,8 @@ def evaluate(
                     console.print(f"report: {page}", soft_wrap=True)
     measured.save(storage, PREDICTIONS if predictions else EVALUATION)
     if output:
-        measured.save(Folder.at(output).parent, output.name)
+        target = Folder.at(output)
+        measured.save(target.parent, target.name)
     print_plain(format_table(measured.table))
 
 

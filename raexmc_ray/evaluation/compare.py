@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict
 
 from raexmc_ray.evaluation.result import BEST_ROW, Measured
 from raexmc_ray.progress import Progress
-from raexmc_ray.recipe import METRICS
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -46,7 +45,7 @@ def compare(
     same weights.
     """
     refuse(a, b, row)
-    metrics = [name for name in METRICS if all(f"{row}/{name}" in side.figures for side in (a, b))]
+    metrics = [name for name in a.table[row] if name in b.table[row]]
     columns = [side.figures[f"{row}/{name}"] for side in (a, b) for name in metrics]
     ratios = [name for name in metrics if f"{BEST_ROW}/{name}" in a.figures]
     columns += [a.figures[f"{BEST_ROW}/{name}"] for name in ratios]
@@ -107,7 +106,7 @@ def refuse(a: Measured, b: Measured, row: str = "both") -> None:
         )
     if not np.array_equal(a.rows, b.rows):
         raise ValueError("A and B have the figures of different rows: run `raexmc evaluate` again")
-    for name in METRICS:
+    for name in a.table[row]:
         best = [side.figures.get(f"{BEST_ROW}/{name}") for side in (a, b)]
         if best[0] is not None and best[1] is not None and not np.allclose(best[0], best[1], rtol=1e-9):
             raise ValueError(

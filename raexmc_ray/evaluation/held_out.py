@@ -22,13 +22,14 @@ import numpy as np
 
 from raexmc_ray.corpus import Corpus, Split
 from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.evaluation.measure import refuse_foreign
 from raexmc_ray.files import Folder
 from raexmc_ray.local import Memory
-from raexmc_ray.memory.snapshot import memory_id
 from raexmc_ray.recipe import Recipe
 
 ROWS = 5000
 """Rows that are looked at, drawn from those there are."""
+UNKNOWN = "it is not known whether the encoder was trained on these rows"
 TRAINED = "trained.json"
 """What a training leaves beside its encoder."""
 
@@ -50,19 +51,15 @@ class HeldOut:
 def held_out_rows(recipe: Recipe, corpus: Corpus, memory: Memory, rows: int = ROWS) -> HeldOut:
     """The rows to choose settings of a memory on. corpus: as the recipe reads it. Raises ValueError where the memory is
     of another corpus."""
-    manifest = memory.manifest
-    index, shards = manifest.index, manifest.shards
-    if memory_id(corpus.fingerprint, manifest.encoder_fingerprint, shards, index, manifest.defaults) != manifest.id:
-        raise ValueError(
-            f"snapshot {manifest.id} is not of this corpus ({recipe.corpus.path}, holdout {recipe.corpus.holdout:g}): "
-            "which key is whose cannot be told. Give the recipe that it was built from"
-        )
+    refuse_foreign(memory.manifest, corpus)
     tower = memory.encoder.with_lexical(None).fingerprint  # a lexical part is no part of a training
     trained_by = recipe_of(Folder.at(recipe.cluster.storage), tower)
     if recipe.corpus.holdout:
         held_out = HeldOut(corpus.test, None, f"corpus.holdout: {recipe.corpus.holdout:.0%} of the training rows")
         if trained_by and trained_by.corpus.holdout != recipe.corpus.holdout:
             held_out = _warned(held_out, "the encoder was trained with another corpus.holdout, and knows these rows")
+        elif not trained_by and not _is_untrained(recipe, tower):
+            held_out = _warned(held_out, UNKNOWN)
         return _sampled(held_out, rows)
     if trained_by and trained_by.training.evaluation.every and not trained_by.corpus.holdout:
         share, seed = trained_by.training.evaluation.holdout, trained_by.training.seed + 1
@@ -79,7 +76,7 @@ def held_out_rows(recipe: Recipe, corpus: Corpus, memory: Memory, rows: int = RO
             "rows out of the training (training.evaluation.every=1) or of everything (corpus.holdout=0.1)",
         )
     elif not _is_untrained(recipe, tower):
-        held_out = _warned(held_out, "it is not known whether the encoder was trained on these rows")
+        held_out = _warned(held_out, UNKNOWN)
     return _sampled(held_out, rows)
 
 

@@ -12,8 +12,9 @@ import scipy.sparse as sp
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.evaluation.breakdown import GroupCounts
 from raexmc_ray.evaluation.result import BEST_ROW, Evaluation, Measured, Table
-from raexmc_ray.evaluation.retrieve import Retrieved, Stopwatch, deepest_of, retrieve, width_of
+from raexmc_ray.evaluation.retrieve import Retrieved, Stopwatch, deepest_of, encode, retrieve, width_of
 from raexmc_ray.local import Memory
+from raexmc_ray.memory.snapshot import Manifest, memory_id
 from raexmc_ray.metrics import BEST, PRECISION_AT, RECALL_AT, inverse_propensity, judge, metrics_of, row_figures
 from raexmc_ray.predict import Predictions
 from raexmc_ray.progress import Progress
@@ -49,7 +50,7 @@ def evaluate(
     encoder: the nearest labels), `instances only` (λ = 1 over the nearest instances), `both` (`settings`). They come
     from one retrieval, where the kind of index gives the same keys for any number of neighbours (`CUTTING_KINDS`).
     Texts are encoded in this process: for millions of rows, score them on a cluster and use `evaluate_predictions`.
-    Raises ValueError where no row has a label.
+    Raises ValueError where no row has a label, and where the memory is not of this corpus's training part and labels.
     """
     b = max(width_of(settings.neighbours), DEPTH)
     rows: dict[str, PredictionSection] = {
@@ -59,9 +60,10 @@ def evaluate(
     }
     depth = max([b, deepest_of(settings.neighbours), observer.depth if observer else 0])
     refuse_unlabelled(corpus)
+    refuse_foreign(memory.manifest, corpus)
     clock = Stopwatch()
     with clock.stage("encode"):
-        queries_BD = memory.encoder.encode(corpus.test.texts["text"].to_pylist())
+        queries_BD = encode(memory, corpus.test)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in rows}
     with Progress("evaluate", len(queries_BD), "rows") as progress:
         for batch in retrieve(memory, queries_BD, depth, corpus.test.filtered, stopwatch=clock):
@@ -143,6 +145,17 @@ def refuse_unlabelled(corpus: Corpus) -> None:
         raise ValueError(
             f"the corpus has no test row with a label, of {len(corpus.test):,}: add a test part, or hold training rows "
             "out of everything (corpus.holdout=0.1), and build the memory again"
+        )
+
+
+def refuse_foreign(manifest: Manifest, corpus: Corpus) -> None:
+    """Raise ValueError where a memory is not of the training part and the labels of this corpus: its keys would be
+    taken for others, and rows that are held out here may be among them."""
+    made_of = manifest.encoder_fingerprint, manifest.shards, manifest.index, manifest.defaults
+    if memory_id(corpus.fingerprint, *made_of) != manifest.id:
+        raise ValueError(
+            f"snapshot {manifest.id} is not of this corpus: which key is whose cannot be told, and rows held out here "
+            "may be in it. Give the recipe that it was built from (corpus.path, fields and holdout), or build it anew"
         )
 
 

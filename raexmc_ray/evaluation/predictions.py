@@ -162,6 +162,12 @@ def _by_row(written: Written, corpus: Corpus) -> tuple[np.ndarray, int]:
     predicted = np.full((len(corpus.test), depth), -1, np.int32)
     top = rank < depth
     predicted[of_label[top], rank[top]] = label[top]
+    in_order = np.sort(predicted, axis=1)
+    doubled = np.flatnonzero(((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(1))
+    if len(doubled):
+        place = int(np.flatnonzero(row == doubled[0])[0])
+        where = f"{written.names[written.files[place]]}, id {written.ids[place].as_py()!r}"
+        raise ValueError(f"{where}: a label is there twice: each is predicted once for a row")
     return predicted, depth
 
 

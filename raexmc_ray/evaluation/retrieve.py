@@ -11,13 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
+from raexmc_ray.corpus import Split
 from raexmc_ray.local import Memory
 from raexmc_ray.memory.hits import Hits
 from raexmc_ray.predict import Predictions, aggregate
+from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import MOST_NEIGHBOURS, Neighbours, PredictionSection
 
 BATCH = 256
 """Rows searched at once."""
+ENCODED_AT_ONCE = 8192
+"""Rows; the encoder sorts them by length, so that little is padded."""
 CUTTING_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16")
 """Kinds of index in which the best keys are the first of a deeper search, and the best of all are among the best
 instances and the best labels. In the others few candidates are rescored, or a graph is walked as far as is asked."""
@@ -67,6 +71,17 @@ class Retrieved:
         """The best k labels at these settings, less the filter pairs. hits: from `hits`, if they are there already."""
         hits = hits or self.hits(settings.neighbours)
         return aggregate(hits, lambda_=settings.lambda_, temperature=settings.temperature, k=k, exclude=self.exclude)
+
+
+def encode(memory: Memory, split: Split) -> np.ndarray:
+    """Queries float32 [rows, d] of the split's texts, with a line of progress."""
+    queries_BD = np.empty((len(split), memory.encoder.dimension), np.float32)
+    with Progress("encode", len(split), "rows") as progress:
+        for start in range(0, len(split), ENCODED_AT_ONCE):
+            texts = split.texts["text"].slice(start, ENCODED_AT_ONCE).to_pylist()
+            queries_BD[start : start + len(texts)] = memory.encoder.encode(texts)
+            progress.add(len(texts))
+    return queries_BD
 
 
 def retrieve(

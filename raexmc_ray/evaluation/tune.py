@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.evaluation.held_out import HeldOut
-from raexmc_ray.evaluation.retrieve import Retrieved, deepest_of, retrieve
+from raexmc_ray.evaluation.retrieve import Retrieved, deepest_of, encode, retrieve
 from raexmc_ray.evaluation.sweep import FIGURES, Figures, Sweep, choose, grid
 from raexmc_ray.files import Folder
 from raexmc_ray.local import Memory
@@ -58,7 +58,7 @@ def tune(
     corpus: its training part gives the propensities; its test part is not looked at.
     """
     before = memory.manifest.defaults
-    queries_BD = memory.encoder.encode(held_out.split.texts["text"].to_pylist())
+    queries_BD = encode(memory, held_out.split)
     candidates = _neighbours(before.neighbours, memory.manifest.instances, memory.manifest.labels)
     depth = max(map(deepest_of, candidates))
     found = list(retrieve(memory, queries_BD, depth, held_out.split.filtered, held_out.own_keys))

@@ -124,4 +124,8 @@ def kind_of(path: str) -> Kind | None:
 
 
 def _is_under(file: InputFile, folder: Folder | None) -> bool:
-    return folder is not None and str(file).startswith(f"{folder}/")
+    if folder is None:
+        return False
+    # An output is where its links lead; an input has the name that it was given.
+    path = os.path.realpath(file.file.path) if file.file.is_local else str(file)
+    return path.startswith(f"{folder}/")

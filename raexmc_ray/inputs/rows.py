@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,10 +12,16 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the id and the text of a row stand."""
+    """Where the id and the text of a row stand. A text of several columns is theirs, joined by a space, as that of a
+    corpus of several fields is; those that a row has not are passed over."""
 
     id: str = "id"
-    text: str = "text"
+    texts: tuple[str, ...] = ("text",)
+
+    @property
+    def flags(self) -> list[tuple[str, str]]:
+        """(column, the option that names it) of each."""
+        return [(self.id, "--id-column"), *((name, "--text-column") for name in self.texts)]
 
 
 class Rejected(NamedTuple):
@@ -97,7 +103,14 @@ def parse_line(line: bytes, columns: Columns) -> tuple[Any, Any] | Unusable:
         return Unusable("is not JSON")
     if not isinstance(row, dict):
         return Unusable("is no JSON object")
-    return row.get(columns.id, MISSING), row.get(columns.text, MISSING)
+    return row.get(columns.id, MISSING), join_cells([row.get(name, MISSING) for name in columns.texts])
+
+
+def join_cells(cells: Sequence[Any]) -> Any:
+    """The text of these cells of a row; where it has none, the first of what stands in its place."""
+    texts = [cell for cell in cells if cell is not None and cell != "" and cell is not MISSING]
+    wrong = [text for text in texts if not isinstance(text, str)]
+    return wrong[0] if wrong else " ".join(texts) if texts else cells[0]
 
 
 def decode_line(line: bytes) -> str | Unusable:

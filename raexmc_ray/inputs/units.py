@@ -20,7 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raexmc_ray.inputs.find import InputFile, find_inputs
-from raexmc_ray.inputs.rows import Columns, UnitRows, Unusable, column_cells, decode_line, judge_rows, parse_line
+from raexmc_ray.inputs.rows import (
+    Columns,
+    UnitRows,
+    Unusable,
+    column_cells,
+    decode_line,
+    join_cells,
+    judge_rows,
+    parse_line,
+)
 from raexmc_ray.progress import Progress
 
 UNIT_ROWS = 1024
@@ -29,8 +38,6 @@ CHUNK_BYTES = 4 << 20
 PARQUET_BUFFER_BYTES = 1 << 20
 READERS = 8
 """Files that are cut at a time."""
-LOOK_LINES = 100
-"""Of a JSON-lines file, of which one at least must be an object with the columns: else it is the wrong file."""
 SILENT_BYTES = 1 << 30
 """To be cut without a line of progress."""
 NEWLINE = 10
@@ -179,9 +186,8 @@ class _ParquetRows:
         self._starts = np.concatenate([[0], np.cumsum(groups)])
         group = self._group(unit.first)
         self._columns, self._at = columns, int(self._starts[group])
-        self._batches = parquet.iter_batches(
-            UNIT_ROWS, list(range(group, len(groups))), list({columns.id: 0, columns.text: 0}), use_threads=False
-        )
+        names = list(dict.fromkeys((columns.id, *columns.texts)))
+        self._batches = parquet.iter_batches(UNIT_ROWS, list(range(group, len(groups))), names, use_threads=False)
         self._batch: pa.RecordBatch | None = None
 
     def reaches(self, unit: Unit) -> bool:
@@ -197,7 +203,8 @@ class _ParquetRows:
                     raise EOFError("it ends too early")
             skipped = min(len(self._batch), unit.first + len(pairs) - self._at)
             taken = self._batch.slice(skipped, unit.rows - len(pairs))
-            pairs += zip(column_cells(taken[self._columns.id]), column_cells(taken[self._columns.text]), strict=True)
+            texts = zip(*(column_cells(taken[name]) for name in self._columns.texts), strict=True)
+            pairs += zip(column_cells(taken[self._columns.id]), map(join_cells, texts), strict=True)
             self._batch = self._batch.slice(skipped + len(taken))
             self._at += skipped + len(taken)
         return pairs
@@ -227,7 +234,7 @@ def _cut_parquet(file: InputFile, columns: Columns) -> CutFile:
     with file.file.filesystem.open_input_file(file.file.path) as source:
         parquet = pq.ParquetFile(source)
         rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
-    for name, flag in ((columns.id, "--id-column"), (columns.text, "--text-column")):
+    for name, flag in columns.flags:
         if name not in schema.names:
             raise ValueError(f"{file}: has no column {name!r}; it has {schema.names}: name one by {flag}")
         found = schema.field(name).type
@@ -257,21 +264,25 @@ def _cut_lines(file: InputFile, columns: Columns) -> CutFile:
 
 
 def _look(file: InputFile, chunk: bytes, columns: Columns) -> None:
-    """Raise ValueError unless one of the first lines is an object with both columns."""
+    """Raise ValueError where the file's first lines are no objects, or none of them has one of the columns: then it is
+    the wrong file, or the column was named wrongly. Rows in which a column is null may lack it."""
     lines = chunk.removeprefix(BYTE_ORDER_MARK).split(b"\n")
-    whole = lines[:-1] or lines
-    rows = []
-    for line in whole[:LOOK_LINES]:
+    if len(chunk) == CHUNK_BYTES:
+        lines.pop()  # it may go on
+    unseen, first = {columns.id, *columns.texts}, None
+    for line in lines:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
-            rows.append(row)
-    if not rows:
-        raise ValueError(
-            f"{file}: is no JSON-lines file: none of its first {len(whole[:LOOK_LINES])} lines is an object"
-        )
-    for name, flag in ((columns.id, "--id-column"), (columns.text, "--text-column")):
-        if not any(name in row for row in rows):
-            raise ValueError(f"{file}: no line has {name!r}; the first has {sorted(rows[0])}: name one by {flag}")
+            first = first or row
+            unseen.difference_update(row)
+            if not unseen:
+                return
+    if first is None:
+        if lines:
+            raise ValueError(f"{file}: is no JSON-lines file: none of its first {len(lines):,} lines is an object")
+        return
+    name, flag = next((name, flag) for name, flag in columns.flags if name in unseen)
+    raise ValueError(f"{file}: no line has {name!r}; the first has {sorted(first)}: name one by {flag}")

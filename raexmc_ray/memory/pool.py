@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.hits import Hits, search_all
@@ -22,16 +25,23 @@ if TYPE_CHECKING:
     from raexmc_ray.local import Memory
 
 PUT_ABOVE_BYTES = 100_000
-"""Larger queries, and their lists, are put in shared memory once; smaller ones travel inside each call."""
+"""Larger queries are put in shared memory once; smaller ones travel inside each call, and are pickled here once, not by
+Ray for each shard."""
 
 
-class ShardUnavailableError(RuntimeError):
+ANYWHERE = ""
+"""The node of a copy that is spread over the cluster."""
+_Question = tuple[np.ndarray, Neighbours, Lists | None, Neighbours]
+"""What `Shard.search` is asked."""
+
+
+class ShardUnavailableError(ConnectionError):
     """A shard did not answer. An answer without it would be partial, so there is none."""
 
 
 # Calls are made again without a bound: until Ray knows that a node is gone, each try to reach an actor there would
 # count. What bounds a call is the pool's deadline.
-@ray.remote(max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")
+@ray.remote(max_restarts=-1, max_task_retries=-1)
 class ShardActor:
     """One shard in a process of its own. Killed, it comes back from the snapshot, and the call is made again."""
 
@@ -41,8 +51,8 @@ class ShardActor:
         verify = not ray.get_runtime_context().was_current_actor_reconstructed
         self._shard = Shard(open_snapshot(memory, snapshot), shard, verify=verify, gpu=gpu)
 
-    def search(self, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None, asked: Neighbours) -> Hits:
-        return self._shard.search(queries_BD, neighbours, lists, asked)
+    def search(self, question: _Question | bytes) -> Hits:
+        return self._shard.search(*(pickle.loads(question) if isinstance(question, bytes) else question))
 
     def keys(self, key_ids: np.ndarray) -> pa.Table:
         return self._shard.keys(key_ids)
@@ -53,22 +63,49 @@ class ShardActor:
 
 
 class ShardPool:
-    """All shards of a snapshot, each in an actor; a context manager that ends them."""
+    """All shards of a snapshot, each in an actor; a context manager that ends them.
+
+    They are spread over the cluster once, or there are copies: all of them on each of some nodes, for the workers there
+    to share. Searches then stay on their node, and more nodes answer more of them.
+    """
 
     def __init__(
-        self, memory: Folder, snapshot: Snapshot, *, cpus: float = 0.25, gpu: bool = False, timeout_s: float = 120.0
+        self,
+        memory: Folder,
+        snapshot: Snapshot,
+        *,
+        cpus: float = 0.25,
+        gpu: bool = False,
+        timeout_s: float = 120.0,
+        nodes: Sequence[str] = (),
     ) -> None:
         """cpus: what each actor reserves; it searches with as many threads, one at least. gpu: give each a GPU.
-        timeout_s: after which a call gives up on a shard."""
+        timeout_s: after which a call gives up on a shard. nodes: ids of those that get a copy."""
         self._timeout_s = timeout_s
         self._quantizer = snapshot.quantizer()
         manifest = snapshot.manifest
         # Ray sees none of FAISS's memory: it must be told.
         needed = shard_bytes(manifest.index, -(-manifest.keys // manifest.shards))
-        make = ShardActor.options(num_cpus=cpus, num_gpus=int(gpu), memory=needed)  # type: ignore[attr-defined]  # ray.remote's
+        resources = {"num_cpus": cpus, "num_gpus": int(gpu), "memory": needed}
         threads = max(1, int(cpus))
-        self.actors = [make.remote(memory, manifest.id, shard, threads, gpu) for shard in range(manifest.shards)]
-        self._call("pid")  # wait until all shards are open
+        self._copies: dict[str, list[Any]] = {}
+        for node in nodes or [ANYWHERE]:
+            # The node is where they begin: where it is lost, or has no room, they are started elsewhere.
+            there = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True) if nodes else "SPREAD"
+            make = ShardActor.options(**resources, scheduling_strategy=there)  # type: ignore[attr-defined]  # ray.remote's
+            self._copies[node] = [
+                make.remote(memory, manifest.id, shard, threads, gpu) for shard in range(manifest.shards)
+            ]
+        for copy in self._copies.values():  # all of them open at the same time
+            self._ask(copy, "pid")
+
+    @property
+    def actors(self) -> list[Any]:
+        """The shards that this process asks, in their order: those on its node, or else always the same copy."""
+        if len(self._copies) == 1:
+            return next(iter(self._copies.values()))
+        node = ray.get_runtime_context().get_node_id()
+        return self._copies.get(node) or list(self._copies.values())[int(node, 16) % len(self._copies)]
 
     def search(self, queries_BD: np.ndarray, neighbours: Neighbours) -> Hits:
         """The memory's best keys for each query: float32 [B, d], of unit length.
@@ -78,11 +115,9 @@ class ShardPool:
         lists = self._quantizer.assign(queries_BD) if self._quantizer else None
 
         def ask(rows: Any, asked: Neighbours) -> list[Hits]:
-            some, into = queries_BD[rows], lists and lists.of(rows)
-            shared: tuple[Any, Any] = (some, into)
-            if some.nbytes > PUT_ABOVE_BYTES:
-                shared = (ray.put(some), ray.put(into))
-            return self._call("search", shared[0], neighbours, shared[1], asked)
+            question: _Question = (queries_BD[rows], neighbours, lists and lists.of(rows), asked)
+            large = question[0].nbytes > PUT_ABOVE_BYTES
+            return self._call("search", ray.put(question) if large else pickle.dumps(question))
 
         return search_all(ask, neighbours, len(self.actors))
 
@@ -96,8 +131,9 @@ class ShardPool:
 
     def close(self) -> None:
         """End the actors."""
-        for actor in self.actors:
-            ray.kill(actor)
+        for copy in self._copies.values():
+            for actor in copy:
+                ray.kill(actor)
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +145,10 @@ class ShardPool:
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """What each shard's `method` returns, in shard order."""
-        calls = [getattr(actor, method).remote(*arguments) for actor in self.actors]
+        return self._ask(self.actors, method, *arguments)
+
+    def _ask(self, actors: list[Any], method: str, *arguments: Any) -> list[Any]:
+        calls = [getattr(actor, method).remote(*arguments) for actor in actors]
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=self._timeout_s)
         late = [shard for shard, call in enumerate(calls) if call not in ready]
         if late:

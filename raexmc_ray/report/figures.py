@@ -152,8 +152,8 @@ def _trade_off(axes: Any, theme: Theme, points: Sequence[Point], chosen: float) 
             )
     at = [p.settings.lambda_ for p in points].index(chosen)
     ends: dict[str, Any] = {"linestyle": "none", "markersize": 8, "zorder": 3}
-    axes.plot(x[0], y[0], MARKS["labels"], color=theme.labels, label="labels only", **ends)
-    axes.plot(x[-1], y[-1], MARKS["instances"], color=theme.instances, label="instances only", **ends)
+    axes.plot(x[0], y[0], MARKS["labels"], color=theme.labels, label="λ = 0", **ends)
+    axes.plot(x[-1], y[-1], MARKS["instances"], color=theme.instances, label="λ = 1", **ends)
     ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": theme.ink, "markeredgewidth": 1.4}
     axes.plot(x[at], y[at], "o", label=f"λ in use: {chosen:g}", **{**ends, "markersize": 12}, **ring)
     axes.set(xlabel="P@1, percent", ylabel="PSP@1, percent")

@@ -126,6 +126,8 @@ class Findings(Result):
     settings: PredictionSection
     depth: int
     """Keys of each kind that were retrieved: what the curves are cut from."""
+    cuts: bool
+    """Whether all curves are cuts of that retrieval; else λ's and the temperature's alone are of one."""
     lambdas: list[Point]
     temperatures: list[Point]
     neighbours: list[Point]

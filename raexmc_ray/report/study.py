@@ -11,7 +11,7 @@ import numpy as np
 from raexmc_ray.answer import make_answers
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.evaluation.measure import BOTH, DEPTH
-from raexmc_ray.evaluation.retrieve import BATCH, Retrieved, width_of
+from raexmc_ray.evaluation.retrieve import BATCH, CUTTING_KINDS, Retrieved, width_of
 from raexmc_ray.evaluation.sweep import Sweep, grid
 from raexmc_ray.local import Memory
 from raexmc_ray.memory.hits import Hits
@@ -105,6 +105,7 @@ class Study:
             rows=int((counts_B[rows] > 0).sum()),
             settings=self._settings,
             depth=self.depth,
+            cuts=self._memory.manifest.index.kind in CUTTING_KINDS,
             lambdas=lambdas,
             temperatures=temperatures,
             neighbours=neighbours,

@@ -50,7 +50,7 @@ class Job(BaseModel):
     evidence: int
     """Keys named for each label."""
     id_column: str
-    text_column: str
+    text_columns: tuple[str, ...]
     unit_rows: int
     device: str
     """What encodes: a GPU, or a CPU with so many threads: another may round otherwise."""
@@ -124,14 +124,20 @@ def part_name(file: int, unit: int) -> str:
 
 def missing_units(output: Folder, cut: Sequence[CutFile]) -> pa.Table:
     """The units (fields of `Unit`) that have no part yet. Raises ValueError where there is a part of no unit."""
-    there = {name for name in (output / PREDICTED).names() if not name.startswith(".")}  # those are half-written
+    predicted, rejected = (
+        {name for name in (output / kind).names() if not name.startswith(".")}  # those are half-written
+        for kind in (PREDICTED, REJECTED)
+    )
+    done = frozenset(predicted)
     tables = []
     for file, part in enumerate(cut):
         names = [part_name(file, number) for number in range(part.units)]
-        tables.append(part.table(file, np.flatnonzero([name not in there for name in names])))
-        there.difference_update(names)
-    for name in sorted(there):
-        raise ValueError(f"{output / PREDICTED / name}: is none of this job's parts: move it away")
+        tables.append(part.table(file, np.flatnonzero([name not in done for name in names])))
+        predicted.difference_update(names)
+        rejected.difference_update(names)
+    for kind, foreign in ((PREDICTED, predicted), (REJECTED, rejected)):
+        if foreign:
+            raise ValueError(f"{output / kind / min(foreign)}: is none of this job's parts: move it away")
     return pa.concat_tables(tables).combine_chunks()
 
 

@@ -28,8 +28,9 @@ from raexmc_ray.files import Folder
 from raexmc_ray.inputs import InputFile, find_inputs
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows
 from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
+from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.pool import ShardPool, ShardUnavailableError
-from raexmc_ray.memory.snapshot import LABELS, Snapshot, open_snapshot
+from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import ClusterSection, PredictionSection
@@ -50,8 +51,10 @@ from raexmc_ray.score.predictions import no_predictions, predictions_table, reje
 
 BLOCKS = 4096
 """Pieces of work that Ray Data is given at most: a unit each, or several in a row where there are more units."""
-SHARD_CPUS = 0.25
-"""What a shard actor reserves: most of the time it waits for the encoders."""
+SHARD_CPUS, LEAST_CPUS = 0.25, 0.01
+"""What a shard actor reserves, and at least: most of the time it waits for the encoders."""
+SHARD_PATIENCE_S = 1800.0
+"""For a shard to be copied from an object store, and to answer where many encoders wait for it."""
 UNITS_AT_A_TIME = 2
 """In an actor: while one of them waits for the shards, or is written, the other is encoded."""
 
@@ -83,7 +86,7 @@ def score(
         settings=settings,
         evidence=evidence,
         id_column=columns.id,
-        text_column=columns.text,
+        text_columns=columns.texts,
         unit_rows=UNIT_ROWS,
         device="gpu" if cluster.gpu else f"cpu, threads: {_threads(cluster)}",
         inputs=[JobInput(file=str(file), size=file.size, modified_ns=file.modified_ns) for file in files],
@@ -115,15 +118,32 @@ def _score_units(task: _Task, opened: Snapshot, units: pa.Table, cluster: Cluste
     blocks = [units.slice(start, size) for start in range(0, len(units), size)]
     # One copy a node, which its actors share.
     labels = ray.put(pq.read_table(opened.file(LABELS), columns=["uid", "text"]).combine_chunks())
-    with ShardPool(task.memory, opened, cpus=_shard_cpus(opened.manifest.shards, cluster)) as pool:
+    nodes, cpus = _places_of_shards(opened.manifest, cluster)
+    with ShardPool(task.memory, opened, cpus=cpus, timeout_s=SHARD_PATIENCE_S, nodes=nodes) as pool:
         yield from map_units(blocks, _UnitScorer, (task, pool, labels), cluster, UNITS_AT_A_TIME)
 
 
-def _shard_cpus(shards: int, cluster: ClusterSection) -> float:
-    """CPUs that each shard actor reserves: as ever, or less where that would leave none to an encoder actor, which
-    would be waited for for ever. It searches with one thread in any case."""
-    spare = ray.cluster_resources().get("CPU", 0) - cluster.cpus_per_worker  # type: ignore[no-untyped-call]  # Ray's
-    return min(SHARD_CPUS, max(0.01, spare / shards))
+def _places_of_shards(manifest: Manifest, cluster: ClusterSection) -> tuple[list[str], float]:
+    """(nodes that get all shards, CPUs that each shard actor reserves).
+
+    The nodes are those on which an encoder can run, and all shards fit beside it; where there is none, the shards are
+    spread over the cluster. The CPUs are as ever, or fewer where that would leave none to an encoder, which would be
+    waited for for ever; a shard searches with one thread in any case.
+    """
+    shards = manifest.shards
+    needed = shards * shard_bytes(manifest.index, -(-manifest.keys // shards))
+    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]  # Ray's
+    spare = {node: there.get("CPU", 0) - cluster.cpus_per_worker for node, there in alive.items()}
+    nodes = [
+        node
+        for node, there in alive.items()
+        if spare[node] >= shards * LEAST_CPUS
+        and there.get("memory", 0) >= needed
+        and there.get("GPU", 0) >= cluster.gpu
+    ]
+    total = sum(there.get("CPU", 0) for there in alive.values())
+    left = min(spare[node] for node in nodes) if nodes else total - cluster.cpus_per_worker
+    return nodes, min(SHARD_CPUS, max(LEAST_CPUS, left / shards))
 
 
 def _threads(cluster: ClusterSection) -> int:
