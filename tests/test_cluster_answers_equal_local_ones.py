@@ -14,7 +14,7 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.evaluation import evaluate
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.build import build
-from raexmc_ray.memory.pool import open_in_actors
+from raexmc_ray.memory.pool import ShardUnavailableError, open_in_actors
 from raexmc_ray.recipe import Neighbours, Recipe
 from raexmc_ray.train.trainer import trained_encoder
 
@@ -84,3 +84,21 @@ def test_a_killed_shard_comes_back_and_the_answer_is_whole(tiny_run: Recipe) -> 
         assert np.array_equal(before.key_ids_Bb, after.key_ids_Bb)
         assert np.array_equal(before.scores_Bb, after.scores_Bb)
         assert ray.get(pool.actors[1].pid.remote()) != victim
+
+
+@pytest.mark.faults
+def test_a_shard_that_does_not_answer_in_time_is_named(tiny_run: Recipe) -> None:
+    memory, pool = open_in_actors(memory_of(tiny_run))
+    with pool:
+        queries = memory.encoder.encode(["a text editor"])
+        before = memory.search(queries, Neighbours(joint=100))
+        process = ray.get(pool.actors[2].pid.remote())
+        patience, pool.timeout_s = pool.timeout_s, 1.0
+        os.kill(process, signal.SIGSTOP)
+        try:
+            with pytest.raises(ShardUnavailableError, match=r"shards \[2\] did not answer within 1 s"):
+                memory.search(queries, Neighbours(joint=100))
+        finally:
+            os.kill(process, signal.SIGCONT)
+        pool.timeout_s = patience
+        assert np.array_equal(memory.search(queries, Neighbours(joint=100)).key_ids_Bb, before.key_ids_Bb)

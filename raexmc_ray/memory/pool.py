@@ -81,7 +81,7 @@ class ShardPool:
     ) -> None:
         """cpus: what each actor reserves; it searches with as many threads, one at least. gpu: give each a GPU.
         timeout_s: after which a call gives up on a shard. nodes: ids of those that get a copy."""
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._quantizer = snapshot.quantizer()
         manifest = snapshot.manifest
         # Ray sees none of FAISS's memory: it must be told.
@@ -149,10 +149,10 @@ class ShardPool:
 
     def _ask(self, actors: list[Any], method: str, *arguments: Any) -> list[Any]:
         calls = [getattr(actor, method).remote(*arguments) for actor in actors]
-        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=self._timeout_s)
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=self.timeout_s)
         late = [shard for shard, call in enumerate(calls) if call not in ready]
         if late:
-            raise ShardUnavailableError(f"shards {late} did not answer within {self._timeout_s:g} s")
+            raise ShardUnavailableError(f"shards {late} did not answer within {self.timeout_s:g} s")
         answers = []
         for shard, call in enumerate(calls):
             try:
