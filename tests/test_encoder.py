@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers import MODEL, tiny_encoder
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from raexmc_ray.encoder import SETTINGS_FILE, TextEncoder, Tokens
 
+from raexmc_ray.train.tokens import tokenize_on_cluster
 TEXTS = [
     "vim",
     "a much longer text about an editor, with words enough to be cut off " * 2,
@@ -76,6 +78,36 @@ def test_texts_are_cut_to_max_tokens() -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@pytest.mark.ray
+def test_a_cluster_makes_the_same_tokens(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raexmc_ray.train.tokens.BLOCK", 8)
+    texts = [f"text {i} " * (i % 7 + 1) for i in range(50)]
+    tokens = tokenize_on_cluster(tiny_encoder(), pa.chunked_array([texts[:3], texts[3:21], texts[21:]]), "texts")
+    expected = tiny_encoder().tokenize(texts)
+    assert np.array_equal(tokens.ids, expected.ids)
+    assert np.array_equal(tokens.offsets, expected.offsets)
+
+
+def test_more_text_than_one_arrow_array_holds_is_cut_for_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 2 GiB; here a text of 1 MiB, many times over in the same place."""
+
+    class CutError(Exception):
+        """What is to come would take minutes."""
+
+    blocks: list[pa.Table] = []
+
+    def keep(cut: list[pa.Table]) -> None:
+        blocks.extend(cut)
+        raise CutError
+
+    monkeypatch.setattr("ray.data.from_arrow", keep)
+    monkeypatch.setattr("raexmc_ray.train.tokens.BLOCK", 64)
+    texts = pa.chunked_array([pa.array(["x" * (1 << 20)])] * 2100)
+    with pytest.raises(CutError):
+        tokenize_on_cluster(tiny_encoder(), texts, "texts")
+    assert [len(block) for block in blocks] == [64] * 32 + [52]
+
+
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9), st.integers(1, 4))
 def test_tokens_are_taken_padded_and_chunked_whole(rows: list[list[int]], size: int) -> None:
     tokens = Tokens(np.array([token for row in rows for token in row], np.int32), np.cumsum([0, *map(len, rows)]))
