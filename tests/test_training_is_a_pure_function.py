@@ -140,7 +140,8 @@ def test_it_stops_early_where_nothing_gets_better(tiny_corpus: Path, tmp_path: P
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path: Path) -> None:
-    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), ["cluster.workers=1", "cluster.checkpoint_every=2"])
+    overrides = ["cluster.workers=1", "cluster.checkpoint_every=2", "training.evaluation={every: 9, holdout: 0.2}"]
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), overrides)
     encoder = make_encoder(recipe, torch.device("cpu"))
 
     def poison(step: int, figures: dict[str, float]) -> None:
@@ -150,12 +151,15 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
         elif step == 3:
             list(encoder.parameters())[-1].register_hook(lambda gradient: gradient * np.inf)
 
-    loop = Loop(recipe, training_data(recipe, read_corpus(tiny_corpus), encoder), encoder, Folder.at(tmp_path), poison)
+    corpus = read_corpus(tiny_corpus)
+    loop = Loop(recipe, training_data(recipe, corpus, encoder), encoder, Folder.at(tmp_path), poison)
     with pytest.raises(NonFiniteLossError) as error:
         loop.run()
     said = str(error.value)
     assert "in step 4" in said
-    assert json.dumps(loop.sampler.rows(0, 3).tolist()) in said, "the rows of the batch"
+    kept = np.setdiff1d(np.arange(len(corpus.train)), corpus.held_out_places(0.2, seed=1))
+    uids = corpus.train.texts["uid"].take(kept[loop.sampler.rows(0, 3)]).to_pylist()
+    assert json.dumps(uids) in said, "what is in the batch, as the corpus names it"
     assert str(tmp_path / "checkpoints/step-00000002") in said, "the last good checkpoint"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"], "and no other"
 

@@ -83,7 +83,7 @@ def training_data(recipe: Recipe, corpus: Corpus, encoder: TextEncoder) -> Train
         )
     instances = tokenize_on_cluster(encoder, corpus.train.texts["text"], "instances")
     labels = tokenize_on_cluster(encoder, corpus.labels["text"], "labels")
-    return TrainingData(instances, labels, corpus.train.relevance, held_out)
+    return TrainingData(corpus.train.texts["uid"], instances, labels, corpus.train.relevance, held_out)
 
 
 def trained_encoder(recipe: Recipe, corpus: Corpus) -> Folder:
