@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 from helpers import MODEL, tiny_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,3 +139,21 @@ def test_an_encoder_that_is_not_there_is_said() -> None:
         TextEncoder.load("package:no_such_package")
     with pytest.raises(ValueError, match=r"package json carries no model"):
         TextEncoder.load("package:json")
+
+
+def test_a_text_may_have_as_many_tokens_as_there_are_positions(tmp_path: Path) -> None:
+    text = ["word " * 600]
+    longest = TextEncoder.load(MODEL, layers=1, max_tokens=512)
+    assert longest.tokenize(text).lengths.tolist() == [512]
+    assert np.isfinite(longest.encode(text)).all()
+    with pytest.raises(ValueError, match=rf"encoder\.max_tokens is 513, but {MODEL} takes 512 at most: set it"):
+        TextEncoder.load(MODEL, layers=1, max_tokens=513)
+    # RoBERTa's positions begin behind that of the padding: two of its table are never a token's.
+    config = transformers.RobertaConfig(
+        hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, max_position_embeddings=22
+    )
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    longest.tokenizer.save_pretrained(tmp_path)
+    assert np.isfinite(TextEncoder.load(str(tmp_path), max_tokens=20).encode(text)).all()
+    with pytest.raises(ValueError, match=r"takes 20 at most"):
+        TextEncoder.load(str(tmp_path), max_tokens=21)

@@ -47,6 +47,7 @@ def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path
         (["cluster.cpus_per_worker=64"], r"wants 128 CPUs .* the cluster has 4: .*cluster\.cpus_per_worker"),
         (["encoder.model=/no/such/model"], r"encoder\.model is /no/such/model, and there is no model there"),
         (["encoder.layers=40"], r"encoder\.layers is 40"),
+        (["encoder.max_tokens=513"], r"encoder\.max_tokens is 513, but package:\w+ takes 512 at most: set it to 512"),
         (["training.batch_size=10000"], r"only 240 training instances have a label: make the batch smaller"),
         (["cluster.storage=/proc/nowhere"], r"cluster\.storage is /proc/nowhere, and it cannot be written to"),
     ],
