@@ -50,7 +50,7 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
     target = encoder_folder(recipe, key)
     if (target / DONE).size() is not None:
         return target
-    refuse(recipe, len(corpus.train) - corpus.train.unlabelled)
+    refuse(recipe, count_trained(recipe, corpus))
     run = run_folder(recipe, key)
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
     data = training_data(recipe, corpus, encoder)
@@ -74,9 +74,17 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
 
 def training_data(recipe: Recipe, corpus: Corpus, encoder: TextEncoder) -> TrainingData:
     """The corpus as flat arrays; where the recipe evaluates while training, with a slice held out."""
+def count_trained(recipe: Recipe, corpus: Corpus) -> int:
+    """Instances that are trained on: those that have a label, and are not held out."""
+    labels_N, evaluation = corpus.train.labels_per_row, recipe.training.evaluation
+    if evaluation.every:
+        labels_N = np.delete(labels_N, corpus.held_out_places(evaluation.holdout, _held_out_seed(recipe)))
+    return int(np.count_nonzero(labels_N))
+
+
     evaluation, held_out = recipe.training.evaluation, None
     if evaluation.every:
-        corpus = corpus.hold_out(evaluation.holdout, seed=recipe.training.seed + 1)
+        corpus = corpus.hold_out(evaluation.holdout, _held_out_seed(recipe))
         test = corpus.test
         held_out = HeldOut(
             tokenize_on_cluster(encoder, test.texts["text"], "held-out rows"), test.relevance, test.filtered
@@ -133,6 +141,10 @@ def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) ->
     """Until the workers have finished the run. Raises NonFiniteLossError, and Ray Train's errors."""
     cluster = recipe.cluster
     # With the driver, whose end it shares: on another node it would take the run down with that node.
+def _held_out_seed(recipe: Recipe) -> int:
+    return recipe.training.seed + 1
+
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = ProgressActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
