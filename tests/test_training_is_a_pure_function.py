@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_settings
+from helpers import MODEL
 
-from raexmc_ray.corpus import read_corpus
+from raexmc_ray.corpus import Corpus, read_corpus
+from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.curves import draw_curves, read_curves
 from raexmc_ray.train.loop import Loop, NonFiniteLossError, State
-from raexmc_ray.train.trainer import training_data
+from raexmc_ray.train.trainer import run_key, training_data
 from raexmc_ray.train.worker import flatten, make_encoder, unflatten
 
 EVERYTHING = [
@@ -162,6 +165,34 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
     assert json.dumps(uids) in said, "what is in the batch, as the corpus names it"
     assert str(tmp_path / "checkpoints/step-00000002") in said, "the last good checkpoint"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"], "and no other"
+
+
+def test_whatever_a_run_follows_from_names_it(tiny_corpus: Path, tmp_path: Path) -> None:
+    corpus, model = read_corpus(tiny_corpus), tmp_path / "model"
+    encoder = TextEncoder.load(MODEL, layers=1)
+    encoder.save(model)
+
+    def key(*overrides: str, corpus: Corpus = corpus) -> str:
+        settings = tiny_settings(tiny_corpus, tmp_path)
+        return run_key(Recipe.parse(settings, [f"encoder.model={model}", *overrides]), corpus)
+
+    filtered = replace(corpus, train=replace(corpus.train, filtered=corpus.train.relevance))
+    unwatched, watch = key(), "training.evaluation.every=1"
+    watched = [
+        key(watch),
+        key(watch, "corpus.propensity_a=0.6"),
+        key(watch, "corpus.propensity_b=2.6"),
+        key(watch, "prediction.lambda=0.4"),
+        key(watch, corpus=filtered),
+    ]
+    assert len({unwatched, *watched}) == 6, "what the held-out figures follow from chooses the encoder"
+    assert key("corpus.propensity_a=0.6", corpus=filtered) == unwatched, "where there are any"
+    (model / "README.md").write_text("about it")
+    assert key() == unwatched
+    with torch.no_grad():
+        next(encoder.parameters())[0, 0] += 1
+    encoder.save(model)
+    assert key() != unwatched, "other weights in the same folder"
 
 
 def test_a_compiled_encoder_trains_alike(tiny_corpus: Path, tmp_path: Path) -> None:
