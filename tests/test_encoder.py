@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raexmc_ray.encoder import SETTINGS_FILE, TextEncoder, Tokens
-
 from raexmc_ray.train.tokens import tokenize_on_cluster
+
 TEXTS = [
     "vim",
     "a much longer text about an editor, with words enough to be cut off " * 2,
@@ -78,7 +78,6 @@ def test_texts_are_cut_to_max_tokens() -> None:
     assert np.array_equal(encoder.encode(["word " * 20 + ends]), encoder.encode(["word " * 20]))
 
 
-@settings(max_examples=30, deadline=None)
 @pytest.mark.ray
 def test_a_cluster_makes_the_same_tokens(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raexmc_ray.train.tokens.BLOCK", 8)
@@ -109,6 +108,7 @@ def test_more_text_than_one_arrow_array_holds_is_cut_for_the_cluster(monkeypatch
     assert [len(block) for block in blocks] == [64] * 32 + [52]
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9), st.integers(1, 4))
 def test_tokens_are_taken_padded_and_chunked_whole(rows: list[list[int]], size: int) -> None:
     tokens = Tokens(np.array([token for row in rows for token in row], np.int32), np.cumsum([0, *map(len, rows)]))

@@ -55,8 +55,8 @@ def run(corpus: Path, folder: Path, overrides: list[str], stop_at: int | None = 
         loop.checkpoints.wait()
 
 
-def weights(loop: Loop) -> torch.Tensor:
-    return torch.cat([p.detach().ravel() for p in loop.encoder.parameters()])
+def weights(encoder: TextEncoder) -> torch.Tensor:
+    return torch.cat([p.detach().ravel() for p in encoder.parameters()])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_going_on_changes_no_bit(stops: list[int], undisturbed: tuple, tiny_corp
             run(tiny_corpus, tmp_path, EVERYTHING, stop)
     again, ended = run(tiny_corpus, tmp_path, EVERYTHING)
     assert ended == state
-    assert torch.equal(weights(again), weights(loop)), "bit for bit"
+    assert torch.equal(weights(again.encoder), weights(loop.encoder)), "bit for bit"
     lines, expected = read_curves(Folder.at(tmp_path)), read_curves(Folder.at(folder))
     assert [line["step"] for line in lines] == [line["step"] for line in expected], "no step twice, none missing"
     for name in ("loss", "P@1", "R@10"):
@@ -86,7 +86,7 @@ def test_a_finished_run_is_not_run_again(undisturbed: tuple, tiny_corpus: Path) 
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     again, ended = run(tiny_corpus, folder, EVERYTHING, stop_at=state.step)
     assert ended == state
-    assert torch.equal(weights(again), weights(loop))
+    assert torch.equal(weights(again.encoder), weights(loop.encoder))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == names
 
 
@@ -204,3 +204,23 @@ def test_a_compiled_encoder_trains_alike(tiny_corpus: Path, tmp_path: Path) -> N
     losses = [[line["loss"] for line in read_curves(Folder.at(tmp_path / name))] for name in ("plain", "compiled")]
     assert len(losses[0]) > 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_tower_computes_in_the_precision_that_is_set(precision: str, tiny_corpus: Path, tmp_path: Path) -> None:
+    overrides = ["cluster.workers=1", "training.epochs=1", "training.batch_size=120"]
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), [*overrides, f"training.precision={precision}"])
+    encoder, computed = make_encoder(recipe, torch.device("cpu")), set()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, given, states: computed.add(states.dtype))
+    data = training_data(recipe, read_corpus(tiny_corpus), encoder)
+    before = weights(encoder)
+    state = Loop(recipe, data, encoder, Folder.at(tmp_path), lambda step, figures: None).run()
+    assert state.step == 2
+    assert computed == {getattr(torch, precision)}
+    losses = [line["loss"] for line in read_curves(Folder.at(tmp_path))]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}, "weights and gradients are not reduced"
+    assert not torch.equal(weights(encoder), before)
