@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -21,6 +22,9 @@ KEEP_FREED_MEMORY = {
 """glibc's settings for a process that encodes. Ray Train trains in a thread, and Serve encodes in one: a thread's own
 malloc arena gives memory back to the kernel at every step, which on two cores took a sixth of the speed, in page
 faults."""
+
+NODE_GROUP = "ray.io/node-group"
+"""Label of the nodes of a cluster that `ray up` or KubeRay keeps, from Ray's autoscaler (v2) or from Kubernetes."""
 
 
 @contextmanager
@@ -52,3 +56,16 @@ def connected(*, dashboard: bool = False, existing: bool = False) -> Iterator[No
 def count_gpus() -> int:
     """GPUs of the cluster; one where it has none yet, for a cluster that grows."""
     return max(1, int(ray.cluster_resources().get("GPU", 1)))  # type: ignore[no-untyped-call]  # Ray's
+
+
+def living_nodes() -> list[Mapping[str, Any]]:
+    """The nodes that there are, as Ray describes them: `Resources` and `Labels` among much else."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray's
+
+
+def may_grow(nodes: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether more nodes may come by themselves when there is work for them: what these nodes have is not all then.
+
+    Ray does not say what its autoscaler may start, only that a node is of a group that somebody keeps.
+    """
+    return any(NODE_GROUP in node["Labels"] for node in nodes)

@@ -118,7 +118,8 @@ class TextEncoder(nn.Module):
         """Load a folder that `save` wrote, a folder or hub name of a transformers model, or `package:NAME`.
 
         layers: keep only the first so many; max_tokens: cut texts to so many (a saved encoder knows its own).
-        Weights are float32, read from safetensors only; no code of the model's is run.
+        Weights are float32, read from safetensors only; no code of the model's is run. Raises ValueError for what
+        is not there, and for more layers or tokens than the model has.
         """
         source = _resolve(model)
         try:
@@ -151,7 +152,13 @@ class TextEncoder(nn.Module):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         finally:
             transformers.logging.set_verbosity(level)
-        encoder = cls(tower.eval(), tokenizer, max_tokens or 32)
+        max_tokens, positions = max_tokens or 32, _positions(tower)
+        if positions is not None and max_tokens > positions:
+            raise ValueError(
+                f"encoder.max_tokens is {max_tokens}, but {model} takes {positions} at most: set it to {positions} or "
+                "less, or name an encoder of longer texts"
+            )
+        encoder = cls(tower.eval(), tokenizer, max_tokens)
         encoder.lexical = lexical
         return encoder
 
@@ -300,6 +307,15 @@ def use_hardware(encoder: TextEncoder, threads: int) -> TextEncoder:
     else:
         torch.set_num_threads(max(1, threads))
     return encoder
+
+
+def _positions(tower: nn.Module) -> int | None:
+    """The longest text in tokens, of a tower that has learned an embedding of each position; None for others."""
+    for name, module in tower.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count from behind the padding's place.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def _resolve(model: str) -> str:

@@ -225,7 +225,8 @@ class PredictionSection(Section):
 
 class ClusterSection(Section):
     storage: str = "runs/default"
-    """Where everything a run makes is put: a folder that every node sees, or an `s3://` or `gs://` URL."""
+    """Where everything a run makes is put: a folder that every node sees; for what does not train, it may be an
+    `s3://` or `gs://` URL."""
     workers: int = Field(2, ge=1)
     """Training workers."""
     gpu: bool = False

@@ -99,6 +99,28 @@ def test_the_newest_and_the_best_stay(trained: tuple, tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{n:08d}" for n in (2, 4, 5)]
 
 
+@pytest.mark.parametrize("damage", ["torn", "altered"])
+def test_what_is_not_whole_does_not_count_among_the_newest(damage: str, trained: tuple, tmp_path: Path) -> None:
+    """A run whose checkpoint 10 is lost goes on from 5; asked for more checkpoints from now on, it writes 7 first."""
+    checkpoints = Checkpoints(Folder.at(tmp_path), keep=1)
+    for number in (10, 5):
+        checkpoints.write(number, *trained, {"step": number}, best=10)
+    checkpoints.wait()
+    if damage == "torn":
+        (tmp_path / "step-00000010" / SEAL).unlink()
+    else:
+        (tmp_path / "step-00000010" / "state.json").write_text("{}")
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.step == 5
+    checkpoints.write(7, *trained, {"step": 7}, best=-1)
+    checkpoints.wait()
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.step == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"], "and nothing of a life that is over"
+
+
 def test_training_does_not_wait_for_it(trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     upload = Folder.upload

@@ -13,7 +13,7 @@ import pytest
 import scipy.sparse as sp
 from conftest import ROOT
 
-from raexmc_ray.corpus import Corpus, CorpusError, read_corpus
+from raexmc_ray.corpus import Corpus, CorpusError, Split, read_corpus
 
 TRAIN = [
     {"uid": "a", "title": "red", "content": "a colour", "target_ind": [0, 2]},
@@ -161,6 +161,17 @@ def test_rows_held_out_are_like_a_test_part(tmp_path: Path) -> None:
     assert not uids[0] & uids[1]
     assert set(held.test.relevance.indices) <= set(held.train.relevance.indices), "no label without a training row"
     assert np.array_equal(held.test.relevance.indices, whole.hold_out(0.1).test.relevance.indices)
+
+
+def test_rows_are_taken_from_any_number_of_chunks() -> None:
+    """More than 2 GiB of text is in chunks; here a text of 1 MiB, many times over in the same place."""
+    chunk, none = pa.array(["x" * (1 << 20)]), sp.csr_matrix((2100, 1), dtype=np.float32)
+    uids = pa.chunked_array([map(str, range(start, start + 70)) for start in range(0, 2100, 70)])
+    split = Split(pa.table({"uid": uids, "text": pa.chunked_array([chunk] * 2100)}), none, none)
+    for rows in ([], [0, 5, 2000], [2099, 3, 4, 3]):
+        taken = split.take(np.array(rows, np.int64))
+        assert taken.texts["uid"].to_pylist() == [str(row) for row in rows]
+        assert taken.texts.schema == split.texts.schema
 
 
 def test_the_shipped_corpora_are_whole() -> None:

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+import transformers
 from helpers import MODEL, tiny_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raexmc_ray.encoder import SETTINGS_FILE, TextEncoder, Tokens
+from raexmc_ray.train.tokens import tokenize_on_cluster
 
 TEXTS = [
     "vim",
@@ -75,6 +78,36 @@ def test_texts_are_cut_to_max_tokens() -> None:
     assert np.array_equal(encoder.encode(["word " * 20 + ends]), encoder.encode(["word " * 20]))
 
 
+@pytest.mark.ray
+def test_a_cluster_makes_the_same_tokens(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raexmc_ray.train.tokens.BLOCK", 8)
+    texts = [f"text {i} " * (i % 7 + 1) for i in range(50)]
+    tokens = tokenize_on_cluster(tiny_encoder(), pa.chunked_array([texts[:3], texts[3:21], texts[21:]]), "texts")
+    expected = tiny_encoder().tokenize(texts)
+    assert np.array_equal(tokens.ids, expected.ids)
+    assert np.array_equal(tokens.offsets, expected.offsets)
+
+
+def test_more_text_than_one_arrow_array_holds_is_cut_for_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 2 GiB; here a text of 1 MiB, many times over in the same place."""
+
+    class CutError(Exception):
+        """What is to come would take minutes."""
+
+    blocks: list[pa.Table] = []
+
+    def keep(cut: list[pa.Table]) -> None:
+        blocks.extend(cut)
+        raise CutError
+
+    monkeypatch.setattr("ray.data.from_arrow", keep)
+    monkeypatch.setattr("raexmc_ray.train.tokens.BLOCK", 64)
+    texts = pa.chunked_array([pa.array(["x" * (1 << 20)])] * 2100)
+    with pytest.raises(CutError):
+        tokenize_on_cluster(tiny_encoder(), texts, "texts")
+    assert [len(block) for block in blocks] == [64] * 32 + [52]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9), st.integers(1, 4))
 def test_tokens_are_taken_padded_and_chunked_whole(rows: list[list[int]], size: int) -> None:
@@ -106,3 +139,21 @@ def test_an_encoder_that_is_not_there_is_said() -> None:
         TextEncoder.load("package:no_such_package")
     with pytest.raises(ValueError, match=r"package json carries no model"):
         TextEncoder.load("package:json")
+
+
+def test_a_text_may_have_as_many_tokens_as_there_are_positions(tmp_path: Path) -> None:
+    text = ["word " * 600]
+    longest = TextEncoder.load(MODEL, layers=1, max_tokens=512)
+    assert longest.tokenize(text).lengths.tolist() == [512]
+    assert np.isfinite(longest.encode(text)).all()
+    with pytest.raises(ValueError, match=rf"encoder\.max_tokens is 513, but {MODEL} takes 512 at most: set it"):
+        TextEncoder.load(MODEL, layers=1, max_tokens=513)
+    # RoBERTa's positions begin behind that of the padding: two of its table are never a token's.
+    config = transformers.RobertaConfig(
+        hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, max_position_embeddings=22
+    )
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    longest.tokenizer.save_pretrained(tmp_path)
+    assert np.isfinite(TextEncoder.load(str(tmp_path), max_tokens=20).encode(text)).all()
+    with pytest.raises(ValueError, match=r"takes 20 at most"):
+        TextEncoder.load(str(tmp_path), max_tokens=21)

@@ -20,11 +20,12 @@ from raexmc_ray.train.trainer import training_data
 from raexmc_ray.train.worker import make_encoder
 
 PUBLIC = {
-    "lf_amazontitles_131k": (0.6, 2.6, 32, ("title",)),
-    "lf_wikiseealso_320k": (0.55, 1.5, 128, ("title", "content")),
-    "lf_wikipedia_500k": (0.5, 0.4, 256, ("title", "content")),
-    "lf_amazontitles_1_3m": (0.6, 2.6, 32, ("title",)),
+    "lf_amazontitles_131k": (0.6, 2.6, 32, ("title",), 3000, 3e-4),
+    "lf_wikiseealso_320k": (0.55, 1.5, 128, ("title", "content"), 768, 7e-5),
+    "lf_wikipedia_500k": (0.5, 0.4, 256, ("title", "content"), 768, 7e-5),
+    "lf_amazontitles_1_3m": (0.6, 2.6, 32, ("title",), 3000, 3e-4),
 }
+"""METHOD.md, Public benchmarks: A, B, tokens, fields, and DEXML's batch a GPU and learning rate."""
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_steps(name: str, corpus: Path, tmp_path: Path) -> None:
     path = ROOT / f"jobs/recipes/{name}.yaml"
     shipped = Recipe.load(path)
-    a, b, tokens, fields = PUBLIC[name]
+    a, b, tokens, fields, batch, learning_rate = PUBLIC[name]
     assert (shipped.corpus.propensity_a, shipped.corpus.propensity_b) == (a, b)
     assert (shipped.encoder.max_tokens, shipped.corpus.fields) == (tokens, fields)
+    training, prediction = shipped.training, shipped.prediction
+    assert (training.epochs, training.batch_size, training.learning_rate) == (100, 8 * batch, learning_rate)
+    assert (training.weight_decay, training.warmup) == (0.01, 0.1)
+    assert (training.temperature, prediction.temperature, prediction.lambda_) == (0.04, 0.04, 0.5)
+    assert prediction.neighbours.joint == 200
+    assert shipped.encoder.model == "distilbert-base-uncased"
     assert shipped.cluster.workers == 8
     assert shipped.cluster.gpu
     cut = ["training.batch_size=20", "training.epochs=1", "training.chunk_size=8", "training.precision=float32"]

@@ -164,6 +164,6 @@ def test_a_loss_that_is_not_finite_is_not_tried_again(tiny_run: Recipe, tmp_path
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 1
     assert "not finite in step 2" in done.stderr
-    assert "Rows of the batch: [" in done.stderr
+    assert "uids of the batch: [" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob(SEAL)), "no checkpoint"

@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_settings
+from helpers import MODEL
 
-from raexmc_ray.corpus import read_corpus
+from raexmc_ray.corpus import Corpus, read_corpus
+from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.curves import draw_curves, read_curves
 from raexmc_ray.train.loop import Loop, NonFiniteLossError, State
-from raexmc_ray.train.trainer import training_data
+from raexmc_ray.train.trainer import run_key, training_data
 from raexmc_ray.train.worker import flatten, make_encoder, unflatten
 
 EVERYTHING = [
@@ -52,8 +55,8 @@ def run(corpus: Path, folder: Path, overrides: list[str], stop_at: int | None = 
         loop.checkpoints.wait()
 
 
-def weights(loop: Loop) -> torch.Tensor:
-    return torch.cat([p.detach().ravel() for p in loop.encoder.parameters()])
+def weights(encoder: TextEncoder) -> torch.Tensor:
+    return torch.cat([p.detach().ravel() for p in encoder.parameters()])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def test_going_on_changes_no_bit(stops: list[int], undisturbed: tuple, tiny_corp
             run(tiny_corpus, tmp_path, EVERYTHING, stop)
     again, ended = run(tiny_corpus, tmp_path, EVERYTHING)
     assert ended == state
-    assert torch.equal(weights(again), weights(loop)), "bit for bit"
+    assert torch.equal(weights(again.encoder), weights(loop.encoder)), "bit for bit"
     lines, expected = read_curves(Folder.at(tmp_path)), read_curves(Folder.at(folder))
     assert [line["step"] for line in lines] == [line["step"] for line in expected], "no step twice, none missing"
     for name in ("loss", "P@1", "R@10"):
@@ -83,7 +86,7 @@ def test_a_finished_run_is_not_run_again(undisturbed: tuple, tiny_corpus: Path) 
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     again, ended = run(tiny_corpus, folder, EVERYTHING, stop_at=state.step)
     assert ended == state
-    assert torch.equal(weights(again), weights(loop))
+    assert torch.equal(weights(again.encoder), weights(loop.encoder))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == names
 
 
@@ -140,7 +143,8 @@ def test_it_stops_early_where_nothing_gets_better(tiny_corpus: Path, tmp_path: P
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path: Path) -> None:
-    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), ["cluster.workers=1", "cluster.checkpoint_every=2"])
+    overrides = ["cluster.workers=1", "cluster.checkpoint_every=2", "training.evaluation={every: 9, holdout: 0.2}"]
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), overrides)
     encoder = make_encoder(recipe, torch.device("cpu"))
 
     def poison(step: int, figures: dict[str, float]) -> None:
@@ -150,14 +154,45 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
         elif step == 3:
             list(encoder.parameters())[-1].register_hook(lambda gradient: gradient * np.inf)
 
-    loop = Loop(recipe, training_data(recipe, read_corpus(tiny_corpus), encoder), encoder, Folder.at(tmp_path), poison)
+    corpus = read_corpus(tiny_corpus)
+    loop = Loop(recipe, training_data(recipe, corpus, encoder), encoder, Folder.at(tmp_path), poison)
     with pytest.raises(NonFiniteLossError) as error:
         loop.run()
     said = str(error.value)
     assert "in step 4" in said
-    assert json.dumps(loop.sampler.rows(0, 3).tolist()) in said, "the rows of the batch"
+    kept = np.setdiff1d(np.arange(len(corpus.train)), corpus.held_out_places(0.2, seed=1))
+    uids = corpus.train.texts["uid"].take(kept[loop.sampler.rows(0, 3)]).to_pylist()
+    assert json.dumps(uids) in said, "what is in the batch, as the corpus names it"
     assert str(tmp_path / "checkpoints/step-00000002") in said, "the last good checkpoint"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"], "and no other"
+
+
+def test_whatever_a_run_follows_from_names_it(tiny_corpus: Path, tmp_path: Path) -> None:
+    corpus, model = read_corpus(tiny_corpus), tmp_path / "model"
+    encoder = TextEncoder.load(MODEL, layers=1)
+    encoder.save(model)
+
+    def key(*overrides: str, corpus: Corpus = corpus) -> str:
+        settings = tiny_settings(tiny_corpus, tmp_path)
+        return run_key(Recipe.parse(settings, [f"encoder.model={model}", *overrides]), corpus)
+
+    filtered = replace(corpus, train=replace(corpus.train, filtered=corpus.train.relevance))
+    unwatched, watch = key(), "training.evaluation.every=1"
+    watched = [
+        key(watch),
+        key(watch, "corpus.propensity_a=0.6"),
+        key(watch, "corpus.propensity_b=2.6"),
+        key(watch, "prediction.lambda=0.4"),
+        key(watch, corpus=filtered),
+    ]
+    assert len({unwatched, *watched}) == 6, "what the held-out figures follow from chooses the encoder"
+    assert key("corpus.propensity_a=0.6", corpus=filtered) == unwatched, "where there are any"
+    (model / "README.md").write_text("about it")
+    assert key() == unwatched
+    with torch.no_grad():
+        next(encoder.parameters())[0, 0] += 1
+    encoder.save(model)
+    assert key() != unwatched, "other weights in the same folder"
 
 
 def test_a_compiled_encoder_trains_alike(tiny_corpus: Path, tmp_path: Path) -> None:
@@ -169,3 +204,23 @@ def test_a_compiled_encoder_trains_alike(tiny_corpus: Path, tmp_path: Path) -> N
     losses = [[line["loss"] for line in read_curves(Folder.at(tmp_path / name))] for name in ("plain", "compiled")]
     assert len(losses[0]) > 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_tower_computes_in_the_precision_that_is_set(precision: str, tiny_corpus: Path, tmp_path: Path) -> None:
+    overrides = ["cluster.workers=1", "training.epochs=1", "training.batch_size=120"]
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), [*overrides, f"training.precision={precision}"])
+    encoder, computed = make_encoder(recipe, torch.device("cpu")), set()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, given, states: computed.add(states.dtype))
+    data = training_data(recipe, read_corpus(tiny_corpus), encoder)
+    before = weights(encoder)
+    state = Loop(recipe, data, encoder, Folder.at(tmp_path), lambda step, figures: None).run()
+    assert state.step == 2
+    assert computed == {getattr(torch, precision)}
+    losses = [line["loss"] for line in read_curves(Folder.at(tmp_path))]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}, "weights and gradients are not reduced"
+    assert not torch.equal(weights(encoder), before)

@@ -13,7 +13,7 @@ from helpers import MODEL
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.recipe import Recipe
-from raexmc_ray.train.plan import Plan, worker_bytes
+from raexmc_ray.train.plan import Plan, refuse, worker_bytes
 from raexmc_ray.train.trainer import train
 
 
@@ -43,11 +43,20 @@ def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["cluster.gpu=true"], r"wants 2 GPUs \(2 workers\), and the cluster has 0: .*cluster\.gpu=false"),
-        (["cluster.cpus_per_worker=64"], r"wants 128 CPUs .* the cluster has 4: .*cluster\.cpus_per_worker"),
+        (["cluster.gpu=true"], r"2 workers with 1 CPU and 1 GPU each, .* 0 GPU in all, .* for 0: .*cluster\.gpu=false"),
+        (["cluster.cpus_per_worker=64"], r"2 workers with 64 CPU each, .* 4 CPU in all, .*cluster\.cpus_per_worker"),
         (["encoder.model=/no/such/model"], r"encoder\.model is /no/such/model, and there is no model there"),
         (["encoder.layers=40"], r"encoder\.layers is 40"),
+        (["encoder.max_tokens=513"], r"encoder\.max_tokens is 513, but package:\w+ takes 512 at most: set it to 512"),
         (["training.batch_size=10000"], r"only 240 training instances have a label: make the batch smaller"),
+        (
+            ["training.batch_size=240", "training.evaluation.every=1"],
+            r"only 228 training instances have a label and are not held out for training\.evaluation: make the batch",
+        ),
+        (
+            ["cluster.storage=mock:///run"],
+            r"is mock://run, .* checkpoints in a folder: set it to one",
+        ),
         (["cluster.storage=/proc/nowhere"], r"cluster\.storage is /proc/nowhere, and it cannot be written to"),
     ],
 )
@@ -60,6 +69,48 @@ def test_what_cannot_work_is_refused_at_once(
     with pytest.raises(ValueError, match=says):
         train(recipe, corpus)
     assert time.monotonic() - started < 20, "before any worker is started"
+
+
+def node(labels: dict[str, str] | None = None, **resources: float) -> dict:
+    return {"Resources": resources, "Labels": labels or {}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "room"),
+    [
+        ([node(CPU=4), node(CPU=4)], ["cluster.workers=1", "cluster.cpus_per_worker=8"], 0),
+        ([node(CPU=4), node(CPU=4)], ["cluster.workers=4", "cluster.cpus_per_worker=2.5"], 2),
+        ([node(CPU=9), node(CPU=1, GPU=2)], ["cluster.gpu=true"], 1),
+        ([node(CPU=4), node(CPU=4)], ["cluster.workers=2", "cluster.cpus_per_worker=4"], None),
+        ([node(CPU=0.3), node(CPU=0.1)], ["cluster.workers=4", "cluster.cpus_per_worker=0.1"], None),
+        ([node(CPU=9), node(CPU=8, GPU=2)], ["cluster.gpu=true", "cluster.cpus_per_worker=4"], None),
+    ],
+)
+def test_a_worker_must_find_room_on_one_node(
+    nodes: list[dict],
+    overrides: list[str],
+    room: int | None,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("raexmc_ray.train.plan.living_nodes", lambda: nodes)
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), overrides)
+    if room is None:
+        refuse(recipe, 240)
+    else:
+        with pytest.raises(ValueError, match=f"have room for {room}: lower cluster"):
+            refuse(recipe, 240)
+
+
+def test_a_cluster_that_may_grow_is_waited_for(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`ray up cluster.yaml` starts with its head alone; nodes with GPUs come when they are asked for."""
+    head = node({"ray.io/node-group": "head"}, CPU=16)
+    monkeypatch.setattr("raexmc_ray.train.plan.living_nodes", lambda: [head])
+    refuse(Recipe.parse(tiny_settings(tiny_corpus, tmp_path), ["cluster.gpu=true"]), 240)
+    assert "have room for 0 now: it begins when there is room" in caplog.text
 
 
 @pytest.mark.ray

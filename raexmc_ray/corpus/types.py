@@ -81,7 +81,7 @@ class Split:
 
     def take(self, rows: np.ndarray) -> Split:
         """The split of these rows, in this order."""
-        return Split(self.texts.take(rows), self.relevance[rows], self.filtered[rows])
+        return Split(_take_rows(self.texts, rows), self.relevance[rows], self.filtered[rows])
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,23 @@ class Corpus:
 def text_table(uids: Sequence[str], texts: Sequence[str]) -> pa.Table:
     """The Arrow table (uid, text) of these rows."""
     return pa.table({"uid": pa.array(uids, pa.string()), "text": pa.array(texts, pa.string())})
+
+
+def _take_rows(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """These rows of `table`, in this order, from each of its chunks by itself: pyarrow's `take` would join the chunks
+    first, and an array of strings holds no more than 2 GiB."""
+    batches = table.to_batches()
+    firsts = np.cumsum([0, *map(len, batches)])
+    chunk_of = np.searchsorted(firsts, rows, side="right") - 1
+    cuts = np.flatnonzero(np.diff(chunk_of)) + 1
+    return pa.Table.from_batches(
+        [
+            batches[run[0]].take(pa.array(part - firsts[run[0]]))
+            for run, part in zip(np.split(chunk_of, cuts), np.split(rows, cuts), strict=True)
+            if len(run)
+        ],
+        table.schema,
+    )
 
 
 def pair_matrix(rows: ArrayLike, columns: ArrayLike, shape: tuple[int, int]) -> sp.csr_matrix:

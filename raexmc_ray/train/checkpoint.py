@@ -134,12 +134,15 @@ class Checkpoints:
             folder.upload(local)
         seal = {"format_version": 1, "files": {name: entry.model_dump() for name, entry in files.items()}}
         (folder / SEAL).write(json.dumps(seal, indent=2).encode())
-        self._drop_old(best)
+        self._drop_old(step, best)
 
-    def _drop_old(self, best: int) -> None:
-        """Delete all but the newest few and the best: the seal first, so that what is half deleted is not whole."""
-        for step in self.steps()[: -self._keep]:
-            if step != best:
+    def _drop_old(self, newest: int, best: int) -> None:
+        """Delete all but the newest few whole ones and the best: the seal first, so that what is half deleted is not
+        whole. What is of a later step than the newest is not whole, or the run had gone on from there."""
+        whole = [step for step in self.steps() if step <= newest and (self.at(step) / SEAL).size() is not None]
+        kept = {*whole[-self._keep :], best}
+        for step in self.steps():
+            if step not in kept:
                 folder = self.at(step)
                 if (folder / SEAL).size() is not None:
                     folder.filesystem.delete_file((folder / SEAL).path)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import pyarrow as pa
 import scipy.sparse as sp
 import torch
 from safetensors.numpy import load, save
@@ -48,8 +49,12 @@ Report = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on, as flat arrays: tokens of N instances and L labels, CSR [N, L], and rows held out."""
+    """What is trained on, as flat arrays: tokens of N instances and L labels, CSR [N, L], and rows held out.
 
+    uids: Arrow strings [N]. The rows here are not the corpus's where some are held out: people are told uids.
+    """
+
+    uids: pa.ChunkedArray
     instances: Tokens
     labels: Tokens
     relevance: sp.csr_matrix
@@ -273,8 +278,9 @@ class Loop:
         checkpoint = self.checkpoints.latest()
         return NonFiniteLossError(
             f"the loss is {loss} or its gradient is not finite in step {self.state.step + 1}; training stopped and "
-            f"wrote nothing from it. Last good checkpoint: {checkpoint.folder if checkpoint else 'none yet'}. Rows of "
-            f"the batch: {json.dumps(rows_B.tolist())}. Look at their texts, or lower training.learning_rate"
+            f"wrote nothing from it. Last good checkpoint: {checkpoint.folder if checkpoint else 'none yet'}. uids of "
+            f"the batch: {json.dumps(self.data.uids.take(rows_B).to_pylist())}. Look at their texts, or lower "
+            "training.learning_rate"
         )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import ray
-
+from raexmc_ray.cluster import living_nodes, may_grow
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.objective import BLOCK_CELLS
-from raexmc_ray.recipe import Recipe
+from raexmc_ray.recipe import ClusterSection, Recipe
 
+logger = logging.getLogger("raexmc_ray")
 ADAM_BYTES = 16
 """A weight in float32, its gradient, and the two moments of AdamW."""
 
@@ -76,33 +79,50 @@ def refuse(recipe: Recipe, labelled: int) -> None:
 
     What a recipe cannot be in itself is refused when it is read.
     """
-    cluster, settings = recipe.cluster, recipe.training
+    settings = recipe.training
     if labelled < settings.batch_size:
+        held_out = " and are not held out for training.evaluation" if settings.evaluation.every else ""
         raise ValueError(
-            f"training.batch_size is {settings.batch_size}, but only {labelled} training instances have a label: "
-            "make the batch smaller"
+            f"training.batch_size is {settings.batch_size}, but only {labelled} training instances have a label"
+            f"{held_out}: make the batch smaller"
         )
-    _refuse_storage(Folder.at(cluster.storage))
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for name, wanted, remedy in (
-        ("GPU", cluster.workers if cluster.gpu else 0, "set cluster.workers to what there is, or cluster.gpu=false"),
-        ("CPU", cluster.workers * cluster.cpus_per_worker, "lower cluster.workers or cluster.cpus_per_worker"),
-    ):
-        found = have.get(name, 0)
-        if found < wanted:
-            raise ValueError(
-                f"training wants {wanted:g} {name}s ({cluster.workers} workers), and the cluster has {found:g}: "
-                f"{remedy}, or add nodes"
-            )
+    _refuse_storage(Folder.at(recipe.cluster.storage))
+    _refuse_nodes(recipe.cluster, living_nodes())
+
+
+def _refuse_nodes(cluster: ClusterSection, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """A worker is on one node: what several nodes have left over is of no use to it. Where nodes may come, it is only
+    said what is waited for."""
+    each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.gpu else {})
+    have = [{name: node["Resources"].get(name, 0) for name in each} for node in nodes]
+    room = sum(min(math.floor(node[name] / wanted + 1e-9) for name, wanted in each.items()) for node in have)
+    if room >= cluster.workers:
+        return
+    wanted = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
+    in_all = " and ".join(f"{sum(node[name] for node in have):g} {name}" for name in each)
+    without_gpu = ", set cluster.gpu=false" if cluster.gpu else ""
+    said = (
+        f"training wants {cluster.workers} workers with {wanted} each, and the cluster's nodes, with {in_all} in all, "
+        f"have room for {room}"
+    )
+    remedy = f"lower cluster.workers or cluster.cpus_per_worker{without_gpu}, or add nodes"
+    if not may_grow(nodes):
+        raise ValueError(f"{said}: {remedy}")
+    logger.warning("%s now: it begins when there is room; if none comes, %s", said, remedy)
 
 
 def _refuse_storage(storage: Folder) -> None:
+    if not storage.is_local:
+        raise ValueError(
+            f"cluster.storage is {storage}, and training keeps its checkpoints in a folder: set it to one that "
+            "every node sees"
+        )
     probe = storage / f".writable-{uuid.uuid4().hex}"
     try:
         probe.write(b"")
         probe.filesystem.delete_file(probe.path)
     except OSError as error:
         raise ValueError(
-            f"cluster.storage is {storage}, and it cannot be written to ({error}): set it to a folder or URL that "
-            "every node can write to"
+            f"cluster.storage is {storage}, and it cannot be written to ({error}): set it to a folder that every "
+            "node can write to"
         ) from None

@@ -23,32 +23,30 @@ def tokenize_on_cluster(encoder: TextEncoder, texts: pa.ChunkedArray, name: str)
     if len(texts) <= BLOCK:  # not worth a task
         return encoder.tokenize(texts.to_pylist())
     quiet_data()
-    column = texts.combine_chunks()
-    blocks = [
-        pa.table({"place": [place], "texts": [column[start : start + BLOCK].to_pylist()]})
-        for place, start in enumerate(range(0, len(column), BLOCK))
-    ]
+    # Sliced as they are: together, more than 2 GiB of text do not fit into one Arrow array of strings.
+    table = pa.table({"row": np.arange(len(texts)), "text": texts})
+    blocks = [table.slice(start, BLOCK) for start in range(0, len(table), BLOCK)]
     tokenize_block: Any = partial(_tokenize_block, tokenizer=encoder.tokenizer_json)
     done = ray.data.from_arrow(blocks).map_batches(tokenize_block, batch_size=None, batch_format="pyarrow")
     parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    with Progress(f"tokenize {name}", len(column), "texts") as progress:
+    with Progress(f"tokenize {name}", len(texts), "texts") as progress:
         block: Any
         for block in done.iter_batches(batch_size=1, batch_format="pyarrow"):
             ids, lengths = (block[name].combine_chunks().flatten().to_numpy() for name in ("ids", "lengths"))
-            parts[block["place"][0].as_py()] = ids, lengths
+            parts[block["row"][0].as_py()] = ids, lengths
             progress.add(len(lengths))
-    ordered = [parts[place] for place in range(len(blocks))]  # tasks end in any order
+    ordered = [parts[row] for row in sorted(parts)]  # tasks end in any order
     lengths_N = np.concatenate([lengths for _, lengths in ordered])
     offsets = np.concatenate([[0], np.cumsum(lengths_N)])
     return Tokens(np.concatenate([ids for ids, _ in ordered]), offsets)
 
 
 def _tokenize_block(block: pa.Table, tokenizer: str) -> pa.Table:
-    """(place, texts) of one block to (place, ids, lengths)."""
-    tokens = tokenize(tokenizers.Tokenizer.from_str(tokenizer), block["texts"][0].as_py())
+    """(row, text) of one block to one row: (its first row, ids, lengths)."""
+    tokens = tokenize(tokenizers.Tokenizer.from_str(tokenizer), block["text"].to_pylist())
     return pa.table(
         {
-            "place": block["place"],
+            "row": block["row"][:1],
             "ids": pa.array([tokens.ids], pa.large_list(pa.int32())),
             "lengths": pa.array([tokens.lengths], pa.large_list(pa.int64())),
         }

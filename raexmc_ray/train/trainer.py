@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder
+from raexmc_ray.files import Folder, describe_file
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
@@ -36,6 +36,8 @@ from raexmc_ray.train.worker import flatten, train_worker
 
 DONE = "trained.json"
 POLL_S = 0.5
+MODEL_FILES = {".json", ".safetensors", ".txt", ".model"}
+"""What config, weights and tokenizer of a model are in, by suffix."""
 logger = logging.getLogger("raexmc_ray")
 
 
@@ -50,7 +52,7 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
     target = encoder_folder(recipe, key)
     if (target / DONE).size() is not None:
         return target
-    refuse(recipe, len(corpus.train) - corpus.train.unlabelled)
+    refuse(recipe, count_trained(recipe, corpus))
     run = run_folder(recipe, key)
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
     data = training_data(recipe, corpus, encoder)
@@ -72,18 +74,26 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
     return target
 
 
+def count_trained(recipe: Recipe, corpus: Corpus) -> int:
+    """Instances that are trained on: those that have a label, and are not held out."""
+    labels_N, evaluation = corpus.train.labels_per_row, recipe.training.evaluation
+    if evaluation.every:
+        labels_N = np.delete(labels_N, corpus.held_out_places(evaluation.holdout, _held_out_seed(recipe)))
+    return int(np.count_nonzero(labels_N))
+
+
 def training_data(recipe: Recipe, corpus: Corpus, encoder: TextEncoder) -> TrainingData:
     """The corpus as flat arrays; where the recipe evaluates while training, with a slice held out."""
     evaluation, held_out = recipe.training.evaluation, None
     if evaluation.every:
-        corpus = corpus.hold_out(evaluation.holdout, seed=recipe.training.seed + 1)
+        corpus = corpus.hold_out(evaluation.holdout, _held_out_seed(recipe))
         test = corpus.test
         held_out = HeldOut(
             tokenize_on_cluster(encoder, test.texts["text"], "held-out rows"), test.relevance, test.filtered
         )
     instances = tokenize_on_cluster(encoder, corpus.train.texts["text"], "instances")
     labels = tokenize_on_cluster(encoder, corpus.labels["text"], "labels")
-    return TrainingData(instances, labels, corpus.train.relevance, held_out)
+    return TrainingData(corpus.train.texts["uid"], instances, labels, corpus.train.relevance, held_out)
 
 
 def trained_encoder(recipe: Recipe, corpus: Corpus) -> Folder:
@@ -99,14 +109,27 @@ def trained_encoder(recipe: Recipe, corpus: Corpus) -> Folder:
 
 def run_key(recipe: Recipe, corpus: Corpus) -> str:
     """Names a training run by all that its result follows from."""
+    chosen_by: list[Any] | None = None
+    if recipe.training.evaluation.every:
+        section = recipe.corpus
+        # The filter pairs are in the split's fingerprint, not in the corpus's.
+        chosen_by = [section.propensity_a, section.propensity_b, corpus.train.fingerprint]
+        chosen_by.append(recipe.prediction.model_dump(mode="json"))
     parts: list[Any] = [
-        recipe.encoder.model_dump(mode="json"),
+        recipe.encoder.model_dump(mode="json") | _model_files(recipe.encoder.model),
         recipe.training.model_dump(mode="json"),
-        recipe.prediction.model_dump(mode="json") if recipe.training.evaluation.every else None,
+        chosen_by,
         recipe.cluster.workers,
         corpus.fingerprint,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _model_files(model: str) -> dict[str, Any]:
+    """{"files": {name: sha256}} of a local model, whose files may be replaced by others; nothing for other models,
+    which their names tell apart. Only of what is loaded from there: a note beside it makes no other model."""
+    files = sorted(path for path in Path(model).glob("*") if path.suffix in MODEL_FILES)
+    return {"files": {path.name: describe_file(path).sha256 for path in files}} if files else {}
 
 
 def encoder_folder(recipe: Recipe, key: str) -> Folder:
@@ -116,6 +139,10 @@ def encoder_folder(recipe: Recipe, key: str) -> Folder:
 def run_folder(recipe: Recipe, key: str) -> Folder:
     """Where a run's checkpoints, curves and mined neighbours are."""
     return Folder.at(recipe.cluster.storage) / "training" / key
+
+
+def _held_out_seed(recipe: Recipe) -> int:
+    return recipe.training.seed + 1
 
 
 def _plan(recipe: Recipe, data: TrainingData, encoder: TextEncoder) -> Plan:

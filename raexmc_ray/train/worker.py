@@ -73,9 +73,9 @@ def make_encoder(recipe: Recipe, device: torch.device) -> TextEncoder:
     return encoder
 
 
-def flatten(data: TrainingData) -> dict[str, np.ndarray]:
+def flatten(data: TrainingData) -> dict[str, Any]:
     """`data` as arrays by name, which Ray shares between the processes of a node without a copy."""
-    arrays = _flatten_tokens("instances", data.instances) | _flatten_tokens("labels", data.labels)
+    arrays = {"uids": data.uids} | _flatten_tokens("instances", data.instances) | _flatten_tokens("labels", data.labels)
     arrays |= _flatten_matrix("relevance", data.relevance)
     if data.held_out is not None:
         arrays |= _flatten_tokens("held_out", data.held_out.tokens)
@@ -84,7 +84,7 @@ def flatten(data: TrainingData) -> dict[str, np.ndarray]:
     return arrays
 
 
-def unflatten(arrays: dict[str, np.ndarray]) -> TrainingData:
+def unflatten(arrays: dict[str, Any]) -> TrainingData:
     """What `flatten` took apart, as views."""
 
     def tokens(name: str) -> Tokens:
@@ -98,7 +98,7 @@ def unflatten(arrays: dict[str, np.ndarray]) -> TrainingData:
     held_out = None
     if "held_out.ids" in arrays:
         held_out = HeldOut(tokens("held_out"), matrix("held_out_relevance"), matrix("held_out_filtered"))
-    return TrainingData(tokens("instances"), tokens("labels"), matrix("relevance"), held_out)
+    return TrainingData(arrays["uids"], tokens("instances"), tokens("labels"), matrix("relevance"), held_out)
 
 
 def _flatten_tokens(name: str, tokens: Tokens) -> dict[str, np.ndarray]:
