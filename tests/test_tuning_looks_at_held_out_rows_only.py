@@ -55,12 +55,13 @@ def recipe_of(folder: Path, storage: Path, **section: object) -> Recipe:
     return Recipe.parse({**tiny_settings(folder, storage), **section})
 
 
-def trained(storage: Path, recipe: Recipe) -> None:
-    """As if a training by this recipe had made the tiny encoder."""
+def trained(storage: Path, recipe: Recipe, corpus: Corpus) -> None:
+    """As if a training by this recipe on this corpus had made the tiny encoder."""
     folder = storage / "encoders/some"
     folder.mkdir(parents=True, exist_ok=True)
-    details = {"fingerprint": tiny_encoder().fingerprint, "recipe": recipe.model_dump(mode="json", by_alias=True)}
-    (folder / "trained.json").write_text(json.dumps(details))
+    details = {"fingerprint": tiny_encoder().fingerprint, "corpus": corpus.fingerprint}
+    content = recipe.model_dump(mode="json", by_alias=True)
+    (folder / "trained.json").write_text(json.dumps({**details, "recipe": content}))
 
 
 @settings(max_examples=20, deadline=None)
@@ -97,11 +98,13 @@ def test_which_rows(tiny_corpus: Path, corpus: Corpus, memory: Memory, tmp_path:
     another = recipe_of(tiny_corpus, tmp_path, encoder={"layers": 2, "max_tokens": 16})
     assert "not known" in str(held_out_rows(another, corpus, memory).warning)
 
-    trained(tmp_path, plain)
+    trained(tmp_path, plain, corpus)
     assert "trained on these rows" in str(held_out_rows(plain, corpus, memory).warning)
 
     aside = recipe_of(tiny_corpus, tmp_path, training={"evaluation": {"every": 1, "holdout": 0.2}, "seed": 3})
-    trained(tmp_path, aside)
+    trained(tmp_path, aside, Corpus(corpus.train.take(np.arange(200)), corpus.test, corpus.labels))
+    assert "or most" in str(held_out_rows(plain, corpus, memory).warning), "of more rows, it kept others aside"
+    trained(tmp_path, aside, corpus)
     kept_aside = held_out_rows(plain, corpus, memory)
     expected = corpus.hold_out(0.2, seed=4).test  # as the trainer holds out: its seed plus one
     assert kept_aside.warning is None
@@ -130,7 +133,7 @@ def test_a_corpus_holdout_comes_first_and_another_corpus_is_refused(
         tiny_corpus, tmp_path, corpus={"path": str(tiny_corpus), "holdout": 0.25}, encoder={"layers": 2}
     )
     assert "not known" in str(held_out_rows(elsewhere, part, other).warning)
-    trained(tmp_path, recipe_of(tiny_corpus, tmp_path))
+    trained(tmp_path, recipe_of(tiny_corpus, tmp_path), corpus)
     assert "another corpus.holdout" in str(held_out_rows(held, part, other).warning)
 
 

@@ -53,15 +53,17 @@ def held_out_rows(recipe: Recipe, corpus: Corpus, memory: Memory, rows: int = RO
     of another corpus."""
     refuse_foreign(memory.manifest, corpus)
     tower = memory.encoder.with_lexical(None).fingerprint  # a lexical part is no part of a training
-    trained_by = recipe_of(Folder.at(recipe.cluster.storage), tower)
+    trained_by, trained_on = training_of(Folder.at(recipe.cluster.storage), tower) or (None, None)
+    on_these = trained_on == corpus.fingerprint  # the rows that a training keeps aside follow from all of them
     if recipe.corpus.holdout:
         held_out = HeldOut(corpus.test, None, f"corpus.holdout: {recipe.corpus.holdout:.0%} of the training rows")
-        if trained_by and trained_by.corpus.holdout != recipe.corpus.holdout:
-            held_out = _warned(held_out, "the encoder was trained with another corpus.holdout, and knows these rows")
+        if trained_by and not on_these:
+            other = "the encoder was trained on other rows (another corpus.holdout, or corpus), and may know these"
+            held_out = _warned(held_out, other)
         elif not trained_by and not _is_untrained(recipe, tower):
             held_out = _warned(held_out, UNKNOWN)
         return _sampled(held_out, rows)
-    if trained_by and trained_by.training.evaluation.every and not trained_by.corpus.holdout:
+    if trained_by and on_these and trained_by.training.evaluation.every:
         share, seed = trained_by.training.evaluation.holdout, trained_by.training.seed + 1
         places = corpus.held_out_places(share, seed)
         said = f"training.evaluation.holdout: {share:.0%} of the training rows, which the encoder was not trained on"
@@ -72,22 +74,23 @@ def held_out_rows(recipe: Recipe, corpus: Corpus, memory: Memory, rows: int = RO
     if trained_by:
         held_out = _warned(
             held_out,
-            "the encoder was trained on these rows and finds their labels too easily: what is chosen is biased. Hold "
-            "rows out of the training (training.evaluation.every=1) or of everything (corpus.holdout=0.1)",
+            "the encoder was trained on these rows, or most, and finds their labels too easily: what is chosen is "
+            "biased. Hold rows out of the training (training.evaluation.every=1) or of everything (corpus.holdout=0.1)",
         )
     elif not _is_untrained(recipe, tower):
         held_out = _warned(held_out, UNKNOWN)
     return _sampled(held_out, rows)
 
 
-def recipe_of(storage: Folder, fingerprint: str) -> Recipe | None:
-    """The recipe of the training under `storage` that made the encoder of this fingerprint, if one did."""
+def training_of(storage: Folder, fingerprint: str) -> tuple[Recipe, str] | None:
+    """(recipe, fingerprint of the corpus) of the training under `storage` that made the encoder of this fingerprint, if
+    one did."""
     for name in (storage / "encoders").names():
         file = storage / "encoders" / name / TRAINED
         if file.size() is not None:
             details = json.loads(file.read())
             if details["fingerprint"] == fingerprint:
-                return Recipe.parse(details["recipe"], source=str(file))
+                return Recipe.parse(details["recipe"], source=str(file)), details["corpus"]
     return None
 
 

@@ -70,7 +70,7 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
         raise RuntimeError(f"{run}: the workers ended without a last checkpoint: run the same command again")
     best = checkpoints.open(last.state["best_step"]) if last.state["best_step"] >= 0 else last
     assert best is not None, "the best checkpoint is kept"
-    _publish(best, last, target, recipe)
+    _publish(best, last, target, recipe, corpus)
     return target
 
 
@@ -206,13 +206,14 @@ def _same_interrupt() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe) -> None:
+def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe, corpus: Corpus) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         local = best.encoder.local(Path(scratch))
         fingerprint = TextEncoder.load(str(local)).fingerprint
         target.upload(local)
     details = {
         "fingerprint": fingerprint,
+        "corpus": corpus.fingerprint,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "step": best.step,
         "steps": last.step,
