@@ -15,7 +15,7 @@ class LabelLookup:
     def __init__(self, labels: pa.Table) -> None:
         self.table = labels.combine_chunks()
         self._uids = _Sorted(self.table["uid"])
-        self._texts = _Sorted(pc.utf8_lower(self.table["text"]))
+        self._texts = _Sorted(_fold(self.table["text"]))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -27,13 +27,19 @@ class LabelLookup:
 
     def starting_with(self, prefix: str, limit: int) -> list[int]:
         """Indices of labels whose text (in any case) or uid begins with `prefix`, the texts' in their order first."""
-        texts = self._texts.from_(prefix.lower(), limit, prefix=True)
+        texts = self._texts.from_(_fold(pa.scalar(prefix)).as_py(), limit, prefix=True)
         return list(dict.fromkeys([*texts, *self._uids.from_(prefix, limit, prefix=True)]))[:limit]
 
     def rows(self, indices: list[int]) -> list[dict[str, str | int]]:
         """[{"label", "uid", "text"}] of these labels."""
         rows = self.table.select(["uid", "text"]).take(indices).to_pylist() if indices else []
         return [{"label": index, **row} for index, row in zip(indices, rows, strict=True)]
+
+
+def _fold(text: pa.ChunkedArray | pa.Scalar) -> pa.ChunkedArray | pa.Scalar:
+    """Text in which case makes no difference. Character by character, as Python's `str.lower` is not: a prefix's fold
+    is a prefix of the fold. By way of upper case, since Greek has two small letters for one."""
+    return pc.utf8_lower(pc.utf8_upper(text))
 
 
 class _Sorted:

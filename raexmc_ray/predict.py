@@ -84,7 +84,7 @@ def aggregate(
     voted_BW = np.arange(lengths.max(initial=0)) < lengths[:, None]
     scores_BW, labels_BW = np.zeros(voted_BW.shape, np.float32), np.zeros(voted_BW.shape, np.int64)
     scores_BW[voted_BW], labels_BW[voted_BW] = mass.data, mass.indices
-    answered = mass.data > 0
+    answered = scores_BW[voted_BW] > 0  # as it is answered: what weighs less than a float32 can say has no score
     if allowed is not None:
         answered &= np.isin(mass.indices, allowed)
     if blocked is not None:
@@ -127,13 +127,14 @@ def vote_evidence(hits: Hits, predictions: Predictions, *, lambda_: float, tempe
     start = np.searchsorted(cell, np.arange(B * k + 1))
     totals = np.bincount(cell, weight, minlength=B * k)
     from_labels = np.bincount(cell, weight * hits.is_label_Bb[row, place], minlength=B * k)
-    top = np.arange(len(cell)) - start[cell] < keys
+    shares = (weight / totals[cell]).astype(np.float32)
+    top = (np.arange(len(cell)) - start[cell] < keys) & (shares > 0)
     offsets = np.searchsorted(cell[top], np.arange(B * k + 1))
     return Evidence(
         offsets.astype(np.int64),
         key_ids[top],
         hits.scores_Bb[row[top], place[top]],
-        (weight[top] / totals[cell[top]]).astype(np.float32),
+        shares[top],
         (from_labels / np.where(totals > 0, totals, 1)).astype(np.float32),
     )
 

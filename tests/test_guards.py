@@ -15,7 +15,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from raexmc_ray.serve.api import make_api
+from raexmc_ray.serve.gate import Gate
 from raexmc_ray.serve.guard import Guard, Tokens, is_loopback, refuse_open_door
 from raexmc_ray.serve.schema import Limits, ServeSettings
 
@@ -31,9 +34,12 @@ async def _slow(request: Request) -> PlainTextResponse:
     return PlainTextResponse("done")
 
 
-def client(limits: Limits, tokens: Tokens) -> httpx.AsyncClient:
+def client(limits: Limits, tokens: Tokens, body_s: float = 15.0) -> httpx.AsyncClient:
     routes = [Route("/v1/predict", _read, methods=["POST"]), Route("/v1/slow", _slow), Route("/v1/health", _slow)]
-    app = Guard(Starlette(routes=routes), limits, tokens, lambda *_: None)
+    return talk_to(Guard(Starlette(routes=routes), limits, tokens, lambda *_: None, body_s))
+
+
+def talk_to(app: ASGIApp) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
@@ -113,6 +119,74 @@ def test_bodies_are_bounded_whether_they_say_their_length_or_not() -> None:
                 assert "4,096" in reply.json()["detail"]
 
     asyncio.run(run())
+
+
+def test_a_body_that_does_not_end_is_given_up() -> None:
+    """Its place, of the few that there are at a time, is for others."""
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.sleep(3600)
+
+    async def run() -> None:
+        async with client(Limits(), Tokens(None), body_s=0.2) as http:
+            reply = await asyncio.wait_for(http.post("/v1/predict", content=slow()), 10)
+            assert reply.status_code == 408
+            assert reply.headers["content-type"] == "application/problem+json"
+            assert reply.headers["connection"] == "close"
+            assert "0.2 seconds" in reply.json()["detail"]
+            assert (await http.post("/v1/predict", content=b"xy")).text == "2"
+
+    asyncio.run(run())
+
+
+def test_a_mistake_of_ours_is_a_problem_and_is_counted_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    counted: list[tuple[str, int]] = []
+
+    class Ingress:
+        async def predict(self, *_: object) -> None:
+            raise KeyError("/secret/path")
+
+        def answered(self, path: str, status: int, seconds: float) -> None:
+            counted.append((path, status))
+
+    async def run() -> httpx.Response:
+        api = make_api(Ingress(), ServeSettings(memory="m"), Tokens(None))  # type: ignore[arg-type]
+        async with talk_to(api) as http:
+            return await http.post("/v1/predict", json={"texts": ["x"]}, headers={"x-request-id": "abc-123"})
+
+    with caplog.at_level(logging.INFO, logger="ray.serve.access"):
+        reply = asyncio.run(run())
+    assert reply.status_code == 500
+    assert reply.json()["request_id"] == "abc-123"
+    assert "secret" not in reply.text
+    assert counted == [("/v1/predict", 500)]
+    traced, entry = caplog.records
+    assert "abc-123" in traced.message
+    assert traced.exc_info
+    assert json.loads(entry.message)["status"] == 500
+
+
+def test_the_gate_names_counts_and_logs_what_it_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    counted: list[tuple[str, int]] = []
+    app = Gate(Starlette(routes=[Route("/v1/slow", _slow)]), 1, lambda path, status, _: counted.append((path, status)))
+
+    async def run() -> list[httpx.Response]:
+        async with talk_to(app) as http:
+            first = asyncio.ensure_future(http.get("/v1/slow"))
+            await asyncio.sleep(0.05)
+            refused = [await http.get("/v1/slow", headers=h) for h in ({}, {"x-request-id": "abc-123"})]
+            return [await first, *refused]
+
+    with caplog.at_level(logging.INFO, logger="ray.serve.access"):
+        first, unnamed, named = asyncio.run(run())
+    assert [first.status_code, unnamed.status_code, named.status_code] == [200, 503, 503]
+    assert named.json()["request_id"] == named.headers["x-request-id"] == "abc-123"
+    assert unnamed.json()["request_id"] == unnamed.headers["x-request-id"] != ""
+    assert counted == [("/v1/slow", 503)] * 2
+    logged = [json.loads(record.message) for record in caplog.records]
+    assert [entry["request"] for entry in logged] == [unnamed.headers["x-request-id"], "abc-123"]
+    assert all(entry["status"] == 503 for entry in logged)
 
 
 def test_each_token_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,3 +139,13 @@ def test_a_sharp_softmax_does_not_overflow() -> None:
     got = aggregate(hits, lambda_=0.0, temperature=1e-3, k=1)
     assert got.labels_Bk.tolist() == [[0]]
     assert got.scores_Bk.tolist() == [[1.0]]
+
+
+def test_no_label_is_answered_with_a_score_or_a_share_of_nothing() -> None:
+    """A vote of e^-200 is something in float64, in which votes are added up, and nothing in float32."""
+    hits = hits_of([[(10, 1.0, True, [0]), (11, 0.8, True, [1]), (12, 0.8, False, [0, 2])]])
+    got = aggregate(hits, lambda_=0.5, temperature=1e-3, k=3)
+    assert got.labels_Bk.tolist() == [[0, -1, -1]]
+    evidence = vote_evidence(hits, got, lambda_=0.5, temperature=1e-3, keys=5)
+    assert (evidence.key_ids.tolist(), evidence.shares.tolist()) == ([10], [1.0])
+    assert evidence.offsets.tolist() == [0, 1, 1, 1]

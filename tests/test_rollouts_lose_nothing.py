@@ -20,7 +20,7 @@ from raexmc_ray.memory.build import build
 from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
 from raexmc_ray.recipe import PredictionSection, Recipe
-from raexmc_ray.serve.run import rollback, rollout, serving
+from raexmc_ray.serve.run import APPLICATION, _client, _deployed, _wait, rollback, rollout, serving
 from raexmc_ray.serve.schema import ServeSettings
 from raexmc_ray.train.trainer import trained_encoder
 
@@ -86,6 +86,7 @@ def test_rollback_goes_to_the_one_before_and_makes_it_current(
         with pytest.raises(ValueError, match="has not been rolled out"):
             rollback()
         assert rollout(names[1]) == names
+        assert rollout(names[1]) == (names[1], names[1]), "who stays goes back to where they came from"
         assert client.memory().snapshot == names[1]
         (memory / "CURRENT").write_text(names[1] + "\n")
         assert rollback() == names[::-1]
@@ -98,6 +99,27 @@ def test_rollback_goes_to_the_one_before_and_makes_it_current(
         assert rollout() == (names[0], tuned), "other defaults are a snapshot as any other"
         assert PredictionSection.model_validate(client.memory().defaults) == other
         assert rollback() == (tuned, names[0])
+
+
+def test_a_config_that_is_deployed_again_goes_back_to_where_it_began(
+    url: str, memory: Path, names: tuple[str, str]
+) -> None:
+    """As README says: Serve builds an application once for the same `args`."""
+    assert rollout(names[1]) == names
+    (memory / "CURRENT").write_text(names[1] + "\n")
+    client = _client()
+    config = _deployed(client, APPLICATION)
+    del config["deployments"]  # which the roll-out added
+    with Client(url) as asking:
+        client.deploy_applications({"applications": [config]})
+        _wait(client, APPLICATION)
+        assert asking.memory().snapshot == names[0], "Serve has begun to build anew: README can do without"
+        assert rollout() == names
+        assert asking.memory().snapshot == names[1]
+        named = {**config, "args": {**config["args"], "snapshot": names[1]}}
+        client.deploy_applications({"applications": [named]})
+        _wait(client, APPLICATION)
+        assert asking.memory().snapshot == names[1]
 
 
 def test_a_damaged_snapshot_changes_nothing(

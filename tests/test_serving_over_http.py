@@ -6,21 +6,28 @@ import asyncio
 import json
 import random
 import re
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pyarrow as pa
 import pytest
 import ray
 import schemathesis
 from conftest import ROOT, Rounds
 from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
 
 import raexmc_ray
 from raexmc_ray.client import ApiError, AsyncClient, Client, UnreachableError
+from raexmc_ray.label_lookup import LabelLookup
 from raexmc_ray.recipe import Neighbours, Recipe
 from raexmc_ray.serve.schema import PredictReply
 
 pytestmark = pytest.mark.ray
+EXPORT_S = 11.0
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,19 @@ def test_memory_health_and_ready(served: str) -> None:
     assert sum(memory.bytes.values()) > 0
     assert httpx.get(f"{served}/v1/health", timeout=60).json() == {"status": "ok"}
     assert httpx.get(f"{served}/v1/ready", timeout=60).json() == {"status": "ready"}
+
+
+def test_labels_are_found_in_any_case_of_any_script() -> None:
+    texts = ["ΟΔΟΣ", "οδός", "İzmir", "izmir", "Straße"]
+    lookup = LabelLookup(pa.table({"index": range(5), "uid": list("abcde"), "text": texts}))
+    for prefix, found in (
+        *((prefix, [0]) for prefix in ("ΟΔΟΣ", "οδος", "οδοσ", "Οδο")),
+        *((prefix, [2, 3]) for prefix in ("İz", "iz", "IZMIR")),
+        ("ΟΔ", [0, 1]),
+        ("STRA", [4]),
+        ("straß", [4]),
+    ):
+        assert sorted(lookup.starting_with(prefix, 10)) == found, prefix
 
 
 @pytest.mark.parametrize(
@@ -221,12 +241,16 @@ def test_every_field_and_error_has_an_example(served: str) -> None:
                 assert status == "200" or response["content"]["application/problem+json"]["example"], (path, status)
 
 
-def test_the_openapi_document_holds(served: str) -> None:
-    """schemathesis, all its checks: what the document promises is what the application does."""
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_the_openapi_document_holds(served: str, mode: GenerationMode) -> None:
+    """schemathesis, all its checks: what the document promises is what the application does, and what the document
+    does not allow is refused."""
     for operation in schemathesis.openapi.from_url(f"{served}/openapi.json").get_all_operations():
+        if mode is GenerationMode.NEGATIVE and not operation.ok().body and not operation.ok().query:
+            continue  # there is nothing to be wrong
 
         @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-        @given(case=operation.ok().as_strategy())
+        @given(case=operation.ok().as_strategy(mode))
         def check(case: schemathesis.Case) -> None:
             case.call_and_validate(timeout=60)
 
@@ -246,20 +270,54 @@ def test_the_client_says_what_is_wrong(served: str, tiny_texts: list[str]) -> No
         client.memory()
 
 
+def exported() -> dict[str, float]:
+    """What Prometheus would read now: {name and tags: value}; tags that the tests know nothing of are left out."""
+    node = ray.nodes()[0]
+    text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}", timeout=30).text
+    found: Counter[str] = Counter()
+    for name, tags, value in re.findall(r"^(ray_raexmc_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        known = sorted(re.findall(r'((?:le|path|shard|stage|status)="[^"]*")', tags))
+        found[f"{name}{{{','.join(known)}}}"] += float(value)
+    return found
+
+
+def exported_when(ready: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+    """The metrics as soon as they are so: Ray exports them every EXPORT_S."""
+    for _ in range(60):
+        if ready(found := exported()):
+            return found
+        time.sleep(0.5)
+    pytest.fail(f"the metrics did not come: {found}")
+
+
 def test_prometheus_has_what_the_dashboard_shows(served: str, tiny_texts: list[str]) -> None:
     with Client(served) as client:
         client.predict(tiny_texts[:4])
+        client.label(client.labels(tiny_texts[0][:1] or "a", limit=1).labels[0].uid)
     shown = set(re.findall(r"ray_raexmc_\w+", (ROOT / "serve_configs/grafana.json").read_text()))
     rare = {"ray_raexmc_retries_total", "ray_raexmc_missing_shards_total"}  # there is nothing to count yet
-    node = ray.nodes()[0]
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
-    found: set[str] = set()
-    for _ in range(60):  # they are exported every few seconds
-        found = set(re.findall(r"^(ray_raexmc_\w+)\{", httpx.get(address, timeout=30).text, re.MULTILINE))
-        if shown - rare <= found:
-            break
-        asyncio.run(asyncio.sleep(0.5))
-    assert shown - rare <= found
+    path = 'ray_raexmc_request_seconds_count{path="/v1/labels/{uid}"}'
+    found = exported_when(lambda found: shown - rare <= {name.partition("{")[0] for name in found} and path in found)
+    assert 'ray_raexmc_request_seconds_count{path="/v1"}' not in found
+
+
+def test_a_burst_is_a_few_batches(served: str, tiny_texts: list[str]) -> None:
+    """Sixty-four requests of a text each cost a few calls of the encoder, and of each shard."""
+    answered = 'ray_raexmc_requests_total{status="200"}'
+    counts = ["ray_raexmc_batch_texts_count{}"]  # a batch is a call of the encoder
+    counts += [f'ray_raexmc_shard_search_seconds_count{{shard="{shard}"}}' for shard in range(3)]
+
+    async def ask() -> None:
+        async with AsyncClient(served) as client:
+            await asyncio.gather(*(client.predict([text]) for text in (2 * tiny_texts)[:64]))
+
+    with Client(served) as client:
+        client.predict(tiny_texts[:1])
+    before = exported_when(lambda found: answered in found and not time.sleep(EXPORT_S) and exported() == found)
+    asyncio.run(ask())
+    after = exported_when(lambda found: found[answered] >= before[answered] + 64)
+    for count in counts:
+        assert 2 <= after[count] - before[count] <= 20, count
 
 
 def test_query_prints_labels(served: str, tiny_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,6 +346,9 @@ def test_a_flood_is_refused_and_not_queued(served: str, tiny_texts: list[str]) -
     assert {(error.problem.status, error.problem.title, error.retry_after_s) for error in refused} == {
         (503, "Busy", 1.0)
     }
+    assert len({error.problem.request_id for error in refused}) == len(refused), "the log has each by its id"
+    refusals = 'ray_raexmc_requests_total{status="503"}'
+    exported_when(lambda found: found.get(refusals, 0) >= len(refused))
     with Client(served) as client:
         client.predict(tiny_texts[:1])
 

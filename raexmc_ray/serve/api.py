@@ -39,6 +39,7 @@ EXAMPLES = {
     400: ("Error", "There was an error parsing the body"),
     401: ("Not authorised", "a valid token is missing: send the header `Authorization: Bearer TOKEN`"),
     404: ("There is no such label", "no label of this memory has the uid 'vmi'"),
+    408: ("The body is too slow", "the body was not there after 15 seconds: send it faster, or fewer texts at a time"),
     413: ("The body is too large", "the body has more than 8,388,608 bytes: send fewer texts at a time"),
     422: ("The request is not valid", "k: Input should be less than or equal to 1000"),
     429: ("Too many requests", "more than 100 requests a second; come again"),
@@ -79,7 +80,9 @@ def make_api(ingress: Ingress, settings: ServeSettings, tokens: Tokens) -> FastA
     )
     _add_errors(api)
     _add_routes(api, ingress, settings)
-    api.add_middleware(Guard, limits=settings.limits, tokens=tokens, answered=ingress.answered)
+    api.add_middleware(
+        Guard, limits=settings.limits, tokens=tokens, answered=ingress.answered, body_s=settings.timeout_s
+    )
     described = api.openapi
 
     def openapi() -> dict[str, Any]:
@@ -121,6 +124,7 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
         responses=_errors(
             e400="The body is not text",
             e404="A filter names a label that there is not",
+            e408="The body took longer than `timeout_s`",
             e422="The request is not valid",
         ),
     )
@@ -251,7 +255,3 @@ def _add_errors(api: FastAPI) -> None:
         # No trace and no path leave the house; the log has them under the request's id.
         logger.error("request %s: %s", request.state.request_id, error)
         return problem(request, 503, "Not available", "A part of the application did not answer; try again")
-
-    @api.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return problem(request, 500, "Error", "This is a mistake of ours; the log has it under the request's id")

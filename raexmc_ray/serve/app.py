@@ -35,7 +35,8 @@ def build_app(settings: ServeSettings) -> Application:
     encoders: dict[str, Any] = {"num_replicas": settings.encoder_replicas}
     if settings.encoder_replicas_at_most:
         bounds = {"min_replicas": settings.encoder_replicas, "max_replicas": settings.encoder_replicas_at_most}
-        encoders = {"autoscaling_config": {**bounds, "target_ongoing_requests": 2}}
+        # One with a call in hand is busy; of the batches on their way some are in the hands of shards.
+        encoders = {"autoscaling_config": {**bounds, "target_ongoing_requests": 1}}
     encoder = Encoder.options(  # type: ignore[attr-defined]  # serve.deployment's
         ray_actor_options={
             "num_cpus": settings.encoder_cpus,

@@ -7,6 +7,7 @@ under load a batch is as large as the work before it took long.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -20,14 +21,15 @@ class Batcher(Generic[T, R]):
 
     def __init__(
         self,
-        work: Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]],
+        work: Callable[[Sequence[T], Callable[[int, R | Exception], None]], Awaitable[None]],
         *,
         size: Callable[[T], int],
         max_size: int,
         concurrency: int = 1,
     ) -> None:
-        """work: from a batch to what each item's caller gets or has raised. size: of an item; a batch has `max_size`
-        together at most, or one item. concurrency: batches worked on at a time."""
+        """work: given a batch and `answer`, it calls `answer(place, result)` for each item, by its place in the batch,
+        with what the item's caller gets or has raised; the caller has it at once. size: of an item; a batch has
+        `max_size` together at most, or one item. concurrency: batches worked on at a time."""
         self._work, self._size, self._max_size, self._free = work, size, max_size, concurrency
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._running: set[asyncio.Task[None]] = set()
@@ -42,7 +44,9 @@ class Batcher(Generic[T, R]):
     def _start(self) -> None:
         while self._free and (batch := self._next()):
             self._free -= 1
-            task = asyncio.create_task(self._run(batch))
+            # In the context of no caller: Serve would log the batch's calls under the id of the one that happened to
+            # start it, and stop them for all when that one leaves.
+            task = asyncio.create_task(self._run(batch), context=contextvars.Context())
             self._running.add(task)  # the loop itself keeps no task alive
             task.add_done_callback(self._running.discard)
 
@@ -62,18 +66,22 @@ class Batcher(Generic[T, R]):
         return batch
 
     async def _run(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
-        results: Sequence[R | Exception]
-        try:
-            results = await self._work([item for item, _ in batch])
-        except Exception as error:
-            results = [error] * len(batch)
-        finally:
-            self._free += 1
-        for (_, future), result in zip(batch, results, strict=True):
-            if future.done():
-                continue
+        def answer(place: int, result: R | Exception) -> None:
+            future = batch[place][1]
+            if future.done():  # its caller has gone, or has its answer
+                return
             if isinstance(result, Exception):
                 future.set_exception(result)
             else:
                 future.set_result(result)
-        self._start()
+
+        try:
+            await self._work([item for item, _ in batch], answer)
+        except Exception as error:
+            for place in range(len(batch)):
+                answer(place, error)
+        finally:
+            for _, future in batch:
+                future.cancel()  # nobody waits for what a cancelled batch has not answered
+            self._free += 1
+            self._start()

@@ -7,7 +7,7 @@ them anything; `hold` opens one that is about to be.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,9 @@ class Encoder:
         """Embeddings by the snapshot's encoder: float32 [texts, d]."""
         return await self._batcher.submit((snapshot, texts))
 
-    async def _encode(self, calls: Sequence[tuple[str, list[str]]]) -> Sequence[np.ndarray | Exception]:
-        answers: list[Any] = [None] * len(calls)
+    async def _encode(
+        self, calls: Sequence[tuple[str, list[str]]], answer: Callable[[int, np.ndarray | Exception], None]
+    ) -> None:
         for snapshot in {name for name, _ in calls}:
             mine = [i for i, (name, _) in enumerate(calls) if name == snapshot]
             texts = [text for i in mine for text in calls[i][1]]
@@ -61,8 +62,7 @@ class Encoder:
             embeddings = await asyncio.to_thread(encoder.encode, texts)
             ends = np.cumsum([len(calls[i][1]) for i in mine])
             for i, part in zip(mine, np.split(embeddings, ends[:-1]), strict=True):
-                answers[i] = part
-        return answers
+                answer(i, part)
 
 
 @serve.deployment(max_ongoing_requests=MAX_ONGOING)
@@ -84,8 +84,9 @@ class MemoryShard:
         self, snapshot: str, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None, asked: Neighbours
     ) -> Hits:
         """This shard's best keys for each query, as `Shard.search` has them."""
-        shard = await self._shards.get(snapshot)
-        return await asyncio.to_thread(shard.search, queries_BD, neighbours, lists, asked)
+        # Not in a thread: a search keeps all the shard's threads busy, so that two at a time would be no faster. Serve
+        # asks for a replica's health on another loop, or between two searches.
+        return (await self._shards.get(snapshot)).search(queries_BD, neighbours, lists, asked)
 
     async def keys(self, snapshot: str, key_ids: np.ndarray) -> pa.Table:
         return (await self._shards.get(snapshot)).keys(key_ids)

@@ -6,17 +6,21 @@ own queue is in no order. Serve takes middleware from a function that an environ
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=raexmc_ray.serve.gate:middlewares
     RAEXMC_REQUESTS_AT_A_TIME=128        # at each proxy
 
-`raexmc serve` sets both. Where they are not set, Serve's own limits hold (`build_app`).
+`raexmc serve` sets both. Where they are not set, Serve's own limits hold (`build_app`). What is refused is in the
+proxy's log, and in `ray_raexmc_requests_total`, there with no application's name.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import time
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from raexmc_ray.serve.guard import send_problem
+from raexmc_ray.serve.guard import Answered, access_log, request_id_of, send_problem
+from raexmc_ray.serve.metrics import request_counter
 from raexmc_ray.serve.schema import Limits
 
 REQUESTS = "RAEXMC_REQUESTS_AT_A_TIME"
@@ -26,17 +30,15 @@ CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raexmc_ray.serve.gate:
 class Gate:
     """ASGI middleware: answers 503 with Retry-After while too many requests are on their way."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit, self._running = app, limit, 0
+    def __init__(self, app: ASGIApp, limit: int, answered: Answered) -> None:
+        self._app, self._limit, self._answered, self._running = app, limit, answered, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Serve's own: health and routes
             await self._app(scope, receive, send)
             return
         if self._running >= self._limit:
-            detail = f"{self._limit} requests are being answered; come again"
-            request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:128]
-            await send_problem(send, 503, "Busy", detail, {"Retry-After": "1"}, request_id)
+            await self._refuse(scope, send)
             return
         self._running += 1
         try:
@@ -44,7 +46,24 @@ class Gate:
         finally:
             self._running -= 1
 
+    async def _refuse(self, scope: Scope, send: Send) -> None:
+        started, path = time.perf_counter(), scope["path"]
+        detail = f"{self._limit} requests are being answered; come again"
+        request_id = request_id_of(dict(scope["headers"]))  # what gives requests their ids is behind this
+        try:
+            await send_problem(send, 503, "Busy", detail, {"Retry-After": "1", "X-Request-ID": request_id}, request_id)
+        finally:
+            seconds = time.perf_counter() - started
+            self._answered(path, 503, seconds)
+            entry = {"request": request_id, "method": scope["method"], "path": path, "status": 503}
+            access_log.info("%s", json.dumps({**entry, "ms": round(1000 * seconds, 2)}))
+
 
 def middlewares() -> list[Middleware]:
     """For Serve."""
-    return [Middleware(Gate, limit=int(os.environ.get(REQUESTS, Limits().concurrent_requests)))]
+    requests = request_counter()
+
+    def answered(path: str, status: int, seconds: float) -> None:
+        requests.inc(tags={"status": str(status)})
+
+    return [Middleware(Gate, limit=int(os.environ.get(REQUESTS, Limits().concurrent_requests)), answered=answered)]

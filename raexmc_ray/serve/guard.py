@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import json
@@ -32,6 +33,8 @@ OPEN_PATHS = frozenset({"/", "/openapi.json", "/v1/health", "/v1/ready"})
 access_log = logging.getLogger("ray.serve.access")
 Answered = Callable[[str, int, float], None]
 """Told the path, the status and the seconds of each answer."""
+Refusal = tuple[int, str, str, dict[str, str]]
+"""Status, title, detail and headers of the answer to what does not come in."""
 
 
 class Tokens:
@@ -101,12 +104,13 @@ def refuse_open_door(settings: ServeSettings, tokens: Tokens, host: str | None) 
 class Guard:
     """ASGI middleware: knows each request by its id, refuses what must not come in, and writes the access log.
 
-    In this order: no valid token (401), too many a second (429), too large a body (413). That there are not too many
-    at a time is seen to in Serve's proxy (`gate.py`), which can refuse before it hands anything over.
+    In this order: no valid token (401), too many a second (429), too large a body (413) or one that takes longer than
+    `body_s` (408). That there are not too many at a time is seen to in Serve's proxy (`gate.py`), which can refuse
+    before it hands anything over; a body that never ended would keep its place there.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, tokens: Tokens, answered: Answered) -> None:
-        self._app, self._limits, self._tokens, self._answered = app, limits, tokens, answered
+    def __init__(self, app: ASGIApp, limits: Limits, tokens: Tokens, answered: Answered, body_s: float) -> None:
+        self._app, self._limits, self._tokens, self._answered, self._body_s = app, limits, tokens, answered, body_s
         self._rate = RateLimitItemPerSecond(limits.requests_per_second) if limits.requests_per_second else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
@@ -117,19 +121,19 @@ class Guard:
         started = time.perf_counter()
         headers = dict(scope["headers"])
         # Serve's proxy gives each request an id, or keeps the caller's, and says it in the answer's headers.
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or uuid.uuid4().hex
+        request_id = request_id_of(headers)
         state = scope.setdefault("state", {})
         state["request_id"], state["started"] = request_id, started
         entry: dict[str, Any] = {"request": request_id, "method": scope["method"], "path": scope["path"]}
-        body = _Bounded(receive, self._limits.body_bytes)
+        body = _Bounded(receive, self._limits.body_bytes, self._body_s)
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 entry["status"] = message["status"]
             await send(message)
 
-        async def unless_too_large(message: Message) -> None:
-            if not body.too_large or "status" in entry:  # frameworks make answers of their own of our exception
+        async def unless_refused(message: Message) -> None:
+            if not body.refusal or "status" in entry:  # frameworks make answers of their own of our exception
                 await answer(message)
 
         try:
@@ -137,18 +141,25 @@ class Guard:
             if refusal:
                 await send_problem(answer, *refusal, request_id)
             else:
-                with suppress(_TooLarge):
-                    await self._app(scope, body, unless_too_large)
-                if body.too_large and "status" not in entry:
-                    await send_problem(answer, *self._too_large(), request_id)
+                with suppress(_Refused):
+                    await self._app(scope, body, unless_refused)
+                if body.refusal and "status" not in entry:
+                    await send_problem(answer, *body.refusal, request_id)
+        except Exception:
+            # Here, and not in a handler of the framework's, which would answer outside of this and past the log. No
+            # trace and no path leave the house; the log has them under the request's id.
+            access_log.exception("request %s", request_id)
+            if "status" in entry:
+                raise  # the answer has begun: all that is left is to break it off
+            detail = "This is a mistake of ours; the log has it under the request's id"
+            await send_problem(answer, 500, "Error", detail, {}, request_id)
         finally:
             seconds = time.perf_counter() - started
             entry["ms"] = round(1000 * seconds, 2)
             self._answered(scope["path"], entry.get("status", CLIENT_GONE), seconds)
             access_log.info("%s", json.dumps({**entry, **state.get("log", {})}))
 
-    def _refuse(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str, str, dict[str, str]] | None:
-        """(status, title, detail, headers) of the refusal, or None."""
+    def _refuse(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
         limits = self._limits
         caller: str | None = "anyone"
         if self._tokens and path not in OPEN_PATHS:
@@ -161,33 +172,51 @@ class Guard:
             return 429, "Too many requests", detail, {"Retry-After": "1"}
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limits.body_bytes:
-            return self._too_large()
+            return _too_large(limits.body_bytes)
         return None
 
-    def _too_large(self) -> tuple[int, str, str, dict[str, str]]:
-        detail = f"the body has more than {self._limits.body_bytes:,} bytes: send fewer texts at a time"
-        return 413, "The body is too large", detail, {"Connection": "close"}
+
+def request_id_of(headers: dict[bytes, bytes]) -> str:
+    """The id that a request has by its headers, or a new one."""
+    return headers.get(b"x-request-id", b"").decode("latin-1")[:128] or uuid.uuid4().hex
 
 
-class _TooLarge(Exception):
-    """More bytes came than a body may have."""
+def _too_large(limit: int) -> Refusal:
+    detail = f"the body has more than {limit:,} bytes: send fewer texts at a time"
+    return 413, "The body is too large", detail, {"Connection": "close"}
+
+
+def _too_slow(seconds: float) -> Refusal:
+    detail = f"the body was not there after {seconds:g} seconds: send it faster, or fewer texts at a time"
+    return 408, "The body is too slow", detail, {"Connection": "close"}
+
+
+class _Refused(Exception):
+    """The body is none that may come in."""
 
 
 class _Bounded:
-    """Receives a body of at most so many bytes, whatever its headers say."""
+    """Receives a body of at most so many bytes within so many seconds from now, whatever its headers say."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive, self._left = receive, limit
-
-    @property
-    def too_large(self) -> bool:
-        return self._left < 0
+    def __init__(self, receive: Receive, limit: int, seconds: float) -> None:
+        self._receive, self._limit, self._seconds = receive, limit, seconds
+        self._ends, self._bytes, self._whole = asyncio.get_running_loop().time() + seconds, 0, False
+        self.refusal: Refusal | None = None
 
     async def __call__(self) -> Message:
-        message = await self._receive()
-        self._left -= len(message.get("body", b""))
-        if self.too_large:
-            raise _TooLarge
+        if self._whole:  # what is waited for now is that the caller leaves
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._ends):
+                message = await self._receive()
+        except TimeoutError:
+            self.refusal = _too_slow(self._seconds)
+            raise _Refused from None
+        self._bytes += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._bytes > self._limit:
+            self.refusal = _too_large(self._limit)
+            raise _Refused
         return message
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import ray.exceptions
 from fastapi import FastAPI
 from ray import serve
@@ -19,89 +17,26 @@ from ray.serve.handle import DeploymentHandle
 
 from raexmc_ray.answer import ScoredLabel, make_answers
 from raexmc_ray.files import Folder
-from raexmc_ray.label_lookup import LabelLookup
 from raexmc_ray.local import override
 from raexmc_ray.memory.hits import Hits, SnapshotMismatchError, asked_of_a_shard, merge_hits, unsettled
-from raexmc_ray.memory.index import CoarseQuantizer, Lists
+from raexmc_ray.memory.index import Lists
 from raexmc_ray.memory.shard import join_keys
-from raexmc_ray.memory.snapshot import LABELS, Manifest, open_snapshot
-from raexmc_ray.predict import Predictions, aggregate, vote_evidence
+from raexmc_ray.predict import Evidence, Predictions, aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours, PredictionSection
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
-from raexmc_ray.serve.errors import MissingShardsError, RequestError, UnknownLabelError
+from raexmc_ray.serve.errors import MissingShardsError, RequestError
 from raexmc_ray.serve.guard import Tokens, refuse_open_door
 from raexmc_ray.serve.metrics import IngressMetrics
-from raexmc_ray.serve.schema import Joint, PredictReply, PredictRequest, ServeSettings, TextAnswer
+from raexmc_ray.serve.query import Answer, Clock, Query, View, apart, reply_to, rows_of, span
+from raexmc_ray.serve.schema import Joint, PredictReply, PredictRequest, ServeSettings
 
 BATCHES = 2
-"""Batches on their way at a time: one is searched and aggregated while the next is encoded."""
+"""Batches on their way at a time for each encoder: one is searched and aggregated while the next is encoded."""
+INLINE_CELLS = 1_000
+"""Cells of an array that are worked through in the time that it takes to hand them to a thread: about a text's."""
 log = logging.getLogger("ray.serve.batches")
-
-
-@dataclass(frozen=True)
-class View:
-    """What the ingress itself needs of a snapshot."""
-
-    manifest: Manifest
-    labels: LabelLookup
-    quantizer: CoarseQuantizer | None
-
-    @classmethod
-    def open(cls, memory: Folder, snapshot: str) -> View:
-        opened = open_snapshot(memory, snapshot)
-        return cls(opened.manifest, LabelLookup(pq.read_table(opened.file(LABELS))), opened.quantizer())
-
-    def indices(self, uids: list[str]) -> np.ndarray:
-        """int64: the labels with these uids. Raises UnknownLabelError."""
-        found = [self.labels.find(uid) for uid in uids]
-        if None in found:
-            raise UnknownLabelError(uids[found.index(None)])
-        return np.array(found, np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class Query:
-    """A request on its way through a batch."""
-
-    view: View
-    texts: list[str]
-    settings: PredictionSection
-    evidence: int
-    allowed: np.ndarray | None
-    blocked: np.ndarray | None
-    allow_partial: bool
-    request_id: str
-    arrived: float
-    deadline: float
-
-    @property
-    def retrieval(self) -> tuple[str, str]:
-        """Queries of which this is the same are searched together."""
-        return self.view.manifest.id, repr(self.settings.neighbours)
-
-    @property
-    def aggregation(self) -> tuple[Any, ...]:
-        """Queries of which this is the same, too, are aggregated together."""
-        filtered = id(self) if self.allowed is not None or self.blocked is not None else 0
-        settings = self.settings
-        return settings.lambda_, settings.temperature, settings.k, self.evidence, self.allow_partial, filtered
-
-
-Answers = dict[Query, PredictReply | Exception]
-
-
-@dataclass
-class Clock:
-    """Seconds spent in each stage of a batch."""
-
-    started: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def lap(self, stage: str) -> None:
-        """What was not spent in a stage before was spent in this one."""
-        spent = time.perf_counter() - self.started - sum(self.seconds.values())
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+R = TypeVar("R")
 
 
 @serve.deployment
@@ -112,7 +47,10 @@ class Ingress:
     def __init__(
         self, settings: ServeSettings, memory: Folder, encoder: DeploymentHandle[Any], *shards: DeploymentHandle[Any]
     ) -> None:
-        self._settings, self._memory, self._encoder, self._shards = settings, memory, encoder, shards
+        self._settings, self._memory = settings, memory
+        # Once: each attribute of a handle is a new handle.
+        self._encode = encoder.encode
+        self._searches, self._look_ups = [shard.search for shard in shards], [shard.keys for shard in shards]
         self._tokens = Tokens(settings.tokens_file)
         refuse_open_door(settings, self._tokens, _http_host())
         self._metrics = IngressMetrics()
@@ -121,7 +59,7 @@ class Ingress:
             self._answer_all,
             size=lambda query: len(query.texts),
             max_size=settings.batch_texts,
-            concurrency=BATCHES,
+            concurrency=batches_at_a_time(settings),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -143,7 +81,8 @@ class Ingress:
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """An HTTP request was answered with this status after so long."""
-        self._metrics.request(path.split("/labels/")[0], status, seconds)
+        resource, of_a_label, _ = path.partition("/labels/")
+        self._metrics.request(f"{resource}/labels/{{uid}}" if of_a_label else path, status, seconds)
 
     async def predict(self, request: PredictRequest, request_id: str, started: float) -> PredictReply:
         """Answer a request that came at `started` (of `time.perf_counter`).
@@ -186,99 +125,102 @@ class Ingress:
         neighbours = Neighbours(**given.model_dump()) if given else None
         return override(defaults, request.k, request.lambda_, request.temperature, neighbours)
 
-    async def _answer_all(self, queries: Sequence[Query]) -> Sequence[PredictReply | Exception]:
-        """The replies of a batch, each query's or its error."""
-        answers: Answers = {}
-        clock = Clock()
+    async def _answer_all(
+        self, queries: Sequence[Query], answer_at: Callable[[int, PredictReply | Exception], None]
+    ) -> None:
+        """Answer each query of a batch, by its place in it, as soon as there is its reply, or its error."""
+        began = time.perf_counter()
         self._metrics.batch(sum(len(query.texts) for query in queries))
         for query in queries:
-            self._metrics.stages({"queue": clock.started - query.arrived})
-        ordered = sorted(queries, key=lambda query: (query.retrieval, query.aggregation))
-        for snapshot, same in itertools.groupby(ordered, key=lambda query: query.view.manifest.id):
-            group = list(same)
-            texts = [text for query in group for text in query.texts]
-            deadline = max(query.deadline for query in group)
-            try:
-                queries_BD = await self._call("encoder", deadline, self._encoder.encode.remote, snapshot, texts)
-            except Exception as error:
-                answers |= dict.fromkeys(group, error)
-                continue
-            clock.lap("encode")
-            start = 0
-            for _, alike in itertools.groupby(group, key=lambda query: query.retrieval):
-                some = list(alike)
-                stop = start + sum(len(query.texts) for query in some)
-                try:
-                    answers |= await self._retrieve(some, queries_BD[start:stop], deadline, clock)
-                except Exception as error:
-                    answers |= dict.fromkeys(some, error)
-                start = stop
-        self._metrics.stages(clock.seconds)
-        return [answers[query] for query in queries]
+            self._metrics.stages({"queue": began - query.arrived})
+        places = {query: place for place, query in enumerate(queries)}
 
-    async def _retrieve(self, queries: list[Query], queries_BD: np.ndarray, deadline: float, clock: Clock) -> Answers:
-        """Search once for queries that differ in nothing that a search depends on, then answer each."""
+        def answer(query: Query, reply: PredictReply | Exception) -> None:
+            answer_at(places[query], reply)
+
+        async def of_a_snapshot(group: list[Query]) -> None:
+            snapshot, texts = group[0].view.manifest.id, [text for query in group for text in query.texts]
+            deadline, clock = max(query.deadline for query in group), Clock(began)
+            queries_BD = await self._call("encoder", deadline, self._encode.remote, snapshot, texts)
+            clock.lap("encode")
+            self._metrics.stages(clock.seconds)
+            rows = rows_of(group)
+
+            async def alike(some: list[Query]) -> None:
+                await self._retrieve(some, queries_BD[span(some, rows)], deadline, clock.split(), answer)
+
+            await apart(group, lambda query: query.retrieval, alike, answer)
+
+        ordered = sorted(queries, key=lambda query: (query.retrieval, query.aggregation))
+        await apart(ordered, lambda query: query.view.manifest.id, of_a_snapshot, answer)
+
+    async def _retrieve(
+        self, queries: list[Query], queries_BD: np.ndarray, deadline: float, clock: Clock, answer: Answer
+    ) -> None:
+        """Search once for queries that differ in nothing that a search depends on, then answer each.
+
+        Raises MissingShardsError where no shard answered.
+        """
         view, neighbours = queries[0].view, queries[0].settings.neighbours
         lists = await asyncio.to_thread(view.quantizer.assign, queries_BD) if view.quantizer else None
-        shards = range(len(self._shards))
+        shards = range(len(self._searches))
         asked = asked_of_a_shard(neighbours, len(shards))
         parts = await self._search(shards, queries, queries_BD, lists, asked, deadline)
         clock.lap("search")
-        if not parts:
-            return dict.fromkeys(queries, MissingShardsError(shards))
-        hits = await asyncio.to_thread(merge_hits, list(parts.values()), neighbours)
-        rows = unsettled(list(parts.values()), hits, asked) if asked != neighbours else ()
+        found = list(parts.values())
+        hits = await _aside(sum(part.key_ids_Bb.size for part in found), merge_hits, found, neighbours)
+        rows = unsettled(found, hits, asked) if asked != neighbours else ()
         clock.lap("merge")
         if len(rows):  # as in `search_all`
             some_lists = lists and lists.of(rows)
             parts = await self._search(parts, queries, queries_BD[rows], some_lists, neighbours, deadline)
             clock.lap("search")
-            if not parts:
-                return dict.fromkeys(queries, MissingShardsError(shards))
             hits = hits.with_rows(np.asarray(rows), merge_hits(list(parts.values()), neighbours))
         if hits.snapshot != view.manifest.id:
             raise SnapshotMismatchError(f"shards answered from {hits.snapshot}, asked for {view.manifest.id}")
+        self._metrics.stages({stage: clock.seconds[stage] for stage in ("search", "merge")})
         missing = [shard for shard in shards if shard not in parts]
-        answers: Answers = {
-            query: MissingShardsError(missing) for query in queries if missing and not query.allow_partial
-        }
-        stops = np.cumsum([len(query.texts) for query in queries]).tolist()
-        starts = dict(zip(queries, [0, *stops], strict=False))
-        for _, same in itertools.groupby(queries, key=lambda query: query.aggregation):
-            some = list(same)
-            if some[0] in answers:  # whether a query takes a partial answer is part of what it is grouped by
-                continue
-            mine = hits.rows(starts[some[0]], starts[some[-1]] + len(some[-1].texts))
-            labels = await self._aggregate(mine, some[0], deadline)
-            clock.lap("aggregate")
-            for query in some:
-                start = starts[query] - starts[some[0]]
-                answers[query] = _reply(query, labels[start : start + len(query.texts)], missing, clock)
-        return answers
+        places = rows_of(queries)
 
-    async def _aggregate(self, hits: Hits, query: Query, deadline: float) -> list[list[ScoredLabel]]:
-        """The answers for the texts of `query`, and of those that ask for the same."""
+        async def alike(some: list[Query]) -> None:
+            if missing and not some[0].allow_partial:  # which is part of what they are grouped by
+                raise MissingShardsError(missing)
+            first, spent = span(some, places), clock.split()
+            labels = await self._aggregate(hits.rows(first.start, first.stop), some, deadline)
+            spent.lap("aggregate")
+            self._metrics.stages({"aggregate": spent.seconds["aggregate"]})
+            for query, mine in rows_of(some).items():
+                answer(query, reply_to(query, labels[mine], missing, spent))
+
+        await apart(queries, lambda query: query.aggregation, alike, answer)
+
+    async def _aggregate(self, hits: Hits, queries: list[Query], deadline: float) -> list[list[ScoredLabel]]:
+        """The answers for the texts of queries that ask for the same. Raises MissingShardsError."""
+        query = queries[0]
         settings, table = query.settings, query.view.labels.table
         weights: dict[str, Any] = {"lambda_": settings.lambda_, "temperature": settings.temperature}
+        cells = hits.key_ids_Bb.size + len(hits.key_ids_Bb) * settings.k * (1 + query.evidence)
 
-        def predict() -> Predictions:
-            return aggregate(hits, **weights, k=settings.k, allowed=query.allowed, blocked=query.blocked)
+        def predict() -> tuple[Predictions, Evidence | None]:
+            best = aggregate(hits, **weights, k=settings.k, allowed=query.allowed, blocked=query.blocked)
+            return best, vote_evidence(hits, best, **weights, keys=query.evidence) if query.evidence else None
 
-        if not query.evidence:
-            return await asyncio.to_thread(lambda: make_answers(predict(), table))
-        predictions = await asyncio.to_thread(predict)
-        evidence = await asyncio.to_thread(vote_evidence, hits, predictions, **weights, keys=query.evidence)
-        keys = await self._keys(query.view.manifest.id, evidence.key_ids, deadline)
-        return await asyncio.to_thread(make_answers, predictions, table, evidence, keys)
+        predictions, evidence = await _aside(cells, predict)
+        keys = await self._keys(evidence.key_ids, queries, deadline) if evidence else None
+        return await _aside(cells, make_answers, predictions, table, evidence, keys)
 
-    async def _keys(self, snapshot: str, key_ids: np.ndarray, deadline: float) -> dict[int, dict[str, str]]:
-        """{key id: {"kind", "uid", "text"}}, asked of the shards that have them."""
-        owners = key_ids % len(self._shards)
-        calls = [
-            self._call(f"shard {shard}", deadline, self._shards[shard].keys.remote, snapshot, key_ids[owners == shard])
-            for shard in np.unique(owners).tolist()
-        ]
-        return join_keys(await asyncio.gather(*calls)) if calls else {}
+    async def _keys(self, key_ids: np.ndarray, queries: list[Query], deadline: float) -> dict[int, dict[str, str]]:
+        """{key id: {"kind", "uid", "text"}}, asked of the shards that have them. Raises MissingShardsError."""
+        snapshot, owners = queries[0].view.manifest.id, key_ids % len(self._look_ups)
+        shards = np.unique(owners).tolist()
+
+        async def look_up(shard: int) -> pa.Table:
+            return await self._look_ups[shard].remote(snapshot, key_ids[owners == shard])
+
+        parts = await self._ask(shards, look_up, queries, deadline)
+        if len(parts) < len(shards):
+            raise MissingShardsError([shard for shard in shards if shard not in parts])
+        return join_keys(list(parts.values())) if parts else {}
 
     async def _search(
         self,
@@ -289,14 +231,30 @@ class Ingress:
         asked: Neighbours,
         deadline: float,
     ) -> dict[int, Hits]:
-        """What each of these shards found; without those that did not answer in time."""
+        """What each of these shards found; without those that did not answer in time. Raises MissingShardsError where
+        none did."""
         snapshot, neighbours = queries[0].view.manifest.id, queries[0].settings.neighbours
+
+        async def search(shard: int) -> Hits:
+            started = time.perf_counter()
+            hits: Hits = await self._searches[shard].remote(snapshot, queries_BD, neighbours, lists, asked)
+            self._metrics.shard(shard, time.perf_counter() - started)
+            return hits
+
+        parts = await self._ask(shards, search, queries, deadline)
+        if not parts:
+            raise MissingShardsError(range(len(self._searches)))
+        return parts
+
+    async def _ask(
+        self, shards: Iterable[int], call: Callable[[int], Awaitable[R]], queries: list[Query], deadline: float
+    ) -> dict[int, R]:
+        """What a call of each of these shards gives; without those that did not answer in time, counted and logged."""
         until = min(deadline, time.perf_counter() + self._settings.shard_timeout_s)
 
-        async def one(shard: int) -> tuple[int, Hits | None]:
-            started, search = time.perf_counter(), self._shards[shard].search.remote
+        async def one(shard: int) -> tuple[int, R | None]:
             try:
-                hits = await self._call(f"shard {shard}", until, search, snapshot, queries_BD, neighbours, lists, asked)
+                return shard, await self._call(f"shard {shard}", until, call, shard)
             except Exception as error:
                 self._metrics.missing(shard)
                 requests = [query.request_id for query in queries]
@@ -304,11 +262,9 @@ class Ingress:
                     "shard %d did not answer (%s: %s), requests %s", shard, type(error).__name__, error, requests
                 )
                 return shard, None
-            self._metrics.shard(shard, time.perf_counter() - started)
-            return shard, hits
 
-        found = await asyncio.gather(*map(one, shards))
-        return {shard: hits for shard, hits in found if hits is not None}
+        answers = await asyncio.gather(*map(one, shards))
+        return {shard: answer for shard, answer in answers if answer is not None}
 
     async def _call(self, of: str, deadline: float, remote: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         """The call's result; made once more, on another replica, where it was lost with its replica."""
@@ -320,15 +276,16 @@ class Ingress:
                 return await remote(*arguments)
 
 
-def _reply(query: Query, rows: list[list[ScoredLabel]], missing: list[int], clock: Clock) -> PredictReply:
-    total = time.perf_counter() - query.arrived
-    stages = {"queue": clock.started - query.arrived, **clock.seconds, "total": total}
-    return PredictReply(
-        snapshot=query.view.manifest.id,
-        answers=[TextAnswer(labels=labels) for labels in rows],
-        missing_shards=missing,
-        milliseconds={stage: round(1000 * seconds, 3) for stage, seconds in stages.items()},
-    )
+def batches_at_a_time(settings: ServeSettings) -> int:
+    """Batches that an ingress has on their way: BATCHES for each encoder that there may be, its share of them where
+    there are other ingresses. Were they fewer, Serve would never see encoders in demand, and add none."""
+    encoders = max(settings.encoder_replicas, settings.encoder_replicas_at_most or 0)
+    return max(BATCHES, -(-BATCHES * encoders // settings.ingress_replicas))
+
+
+async def _aside(cells: int, work: Callable[..., R], *arguments: Any) -> R:
+    """What this work on so many cells gives: done in a thread where it would hold up every other request."""
+    return work(*arguments) if cells <= INLINE_CELLS else await asyncio.to_thread(work, *arguments)
 
 
 def _until(deadline: float) -> asyncio.Timeout:

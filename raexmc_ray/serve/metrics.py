@@ -10,11 +10,16 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
 
 
+def request_counter() -> Counter:
+    """Of ingress replicas, and of proxies, which know no application to name."""
+    return Counter("raexmc_requests", "Requests by HTTP status.", tag_keys=("status",))
+
+
 class IngressMetrics:
     """The metrics of an ingress replica."""
 
     def __init__(self) -> None:
-        self._requests = Counter("raexmc_requests", "Requests by HTTP status.", tag_keys=("status",))
+        self._requests = request_counter()
         self._seconds = Histogram("raexmc_request_seconds", "Time of a request.", SECONDS, tag_keys=("path",))
         self._stages = Histogram("raexmc_stage_seconds", "Time of a stage of a batch.", SECONDS, tag_keys=("stage",))
         self._shards = Histogram("raexmc_shard_search_seconds", "Time of a shard's search.", SECONDS, ("shard",))

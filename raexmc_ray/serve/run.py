@@ -58,7 +58,7 @@ def rollout(snapshot: str | None = None, application: str = APPLICATION) -> tupl
     config = _deployed(client, application)
     settings = ServeSettings.model_validate(config["args"])
     memory = Folder.at(settings.memory)
-    before = _in_use(config, client, application)
+    before, previous = _in_use(config, client, application), _user_config(config).get("previous")
     target = open_snapshot(memory, snapshot)
     now = open_snapshot(memory, before)
     if target.manifest.shards != now.manifest.shards:
@@ -70,7 +70,9 @@ def rollout(snapshot: str | None = None, application: str = APPLICATION) -> tupl
         pass
     _hold(target.manifest.id, target.manifest.shards, application)
     names = ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(target.manifest.shards))]
-    _set_user_config(client, application, names, {"snapshot": target.manifest.id, "previous": before})
+    if target.manifest.id != before:  # whoever stays where they are goes back to where they came from
+        previous = before
+    _set_user_config(client, application, names, {"snapshot": target.manifest.id, "previous": previous})
     _wait(client, application)
     return before, target.manifest.id
 

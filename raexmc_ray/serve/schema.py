@@ -58,7 +58,7 @@ class ServeSettings(BaseModel):
     """Texts of waiting requests that are answered together, at most; a request of more is a batch of its own. More are
     good for a GPU; on CPUs they only make answers come in gusts."""
     timeout_s: float = Field(15.0, gt=0)
-    """A request that takes longer is answered with an error (503)."""
+    """A request that takes longer is answered with an error (503; 408 where it is its body that takes so long)."""
     shard_timeout_s: float = Field(5.0, gt=0)
     """A shard that takes longer is missing: the request fails, or says so where it allows a partial answer."""
     tokens_file: str | None = None

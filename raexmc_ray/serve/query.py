@@ -1,0 +1,133 @@
+"""A request on its way through a batch, and the groups that it is in on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from raexmc_ray.answer import ScoredLabel
+from raexmc_ray.files import Folder
+from raexmc_ray.label_lookup import LabelLookup
+from raexmc_ray.memory.index import CoarseQuantizer
+from raexmc_ray.memory.snapshot import LABELS, Manifest, open_snapshot
+from raexmc_ray.recipe import PredictionSection
+from raexmc_ray.serve.errors import UnknownLabelError
+from raexmc_ray.serve.schema import PredictReply, TextAnswer
+
+
+@dataclass(frozen=True)
+class View:
+    """What the ingress itself needs of a snapshot."""
+
+    manifest: Manifest
+    labels: LabelLookup
+    quantizer: CoarseQuantizer | None
+
+    @classmethod
+    def open(cls, memory: Folder, snapshot: str) -> View:
+        opened = open_snapshot(memory, snapshot)
+        return cls(opened.manifest, LabelLookup(pq.read_table(opened.file(LABELS))), opened.quantizer())
+
+    def indices(self, uids: list[str]) -> np.ndarray:
+        """int64: the labels with these uids. Raises UnknownLabelError."""
+        found = [self.labels.find(uid) for uid in uids]
+        if None in found:
+            raise UnknownLabelError(uids[found.index(None)])
+        return np.array(found, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """A request on its way through a batch."""
+
+    view: View
+    texts: list[str]
+    settings: PredictionSection
+    evidence: int
+    allowed: np.ndarray | None
+    blocked: np.ndarray | None
+    allow_partial: bool
+    request_id: str
+    arrived: float
+    deadline: float
+
+    @property
+    def retrieval(self) -> tuple[str, str]:
+        """Queries of which this is the same are searched together."""
+        return self.view.manifest.id, repr(self.settings.neighbours)
+
+    @property
+    def aggregation(self) -> tuple[Any, ...]:
+        """Queries of which this is the same, too, are aggregated together."""
+        filtered = id(self) if self.allowed is not None or self.blocked is not None else 0
+        settings = self.settings
+        return settings.lambda_, settings.temperature, settings.k, self.evidence, self.allow_partial, filtered
+
+
+Answer = Callable[[Query, PredictReply | Exception], None]
+"""Gives a query's caller its reply, or what went wrong."""
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each stage on the way of some queries."""
+
+    started: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def lap(self, stage: str) -> None:
+        """What was not spent in a stage before was spent in this one."""
+        spent = time.perf_counter() - self.started - sum(self.seconds.values())
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    def split(self) -> Clock:
+        """A clock for queries whose way parts from the others' here."""
+        return Clock(self.started, dict(self.seconds))
+
+
+async def apart(
+    queries: Iterable[Query],
+    key: Callable[[Query], Any],
+    work: Callable[[list[Query]], Awaitable[None]],
+    answer: Answer,
+) -> None:
+    """Work on all groups of neighbouring queries with the same key at a time. What one raises is the answer of its
+    queries, and of no others."""
+
+    async def one(group: list[Query]) -> None:
+        try:
+            await work(group)
+        except Exception as error:
+            for query in group:
+                answer(query, error)
+
+    await asyncio.gather(*(one(list(group)) for _, group in itertools.groupby(queries, key)))
+
+
+def rows_of(queries: list[Query]) -> dict[Query, slice]:
+    """Where the texts of each query are among the texts of all."""
+    stops = np.cumsum([len(query.texts) for query in queries]).tolist()
+    return {query: slice(stop - len(query.texts), stop) for query, stop in zip(queries, stops, strict=True)}
+
+
+def span(queries: list[Query], rows: dict[Query, slice]) -> slice:
+    """Where the texts of neighbouring queries are."""
+    return slice(rows[queries[0]].start, rows[queries[-1]].stop)
+
+
+def reply_to(query: Query, rows: list[list[ScoredLabel]], missing: list[int], clock: Clock) -> PredictReply:
+    total = time.perf_counter() - query.arrived
+    stages = {"queue": clock.started - query.arrived, **clock.seconds, "total": total}
+    return PredictReply(
+        snapshot=query.view.manifest.id,
+        answers=[TextAnswer(labels=labels) for labels in rows],
+        missing_shards=missing,
+        milliseconds={stage: round(1000 * seconds, 3) for stage, seconds in stages.items()},
+    )
