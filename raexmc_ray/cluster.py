@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -21,6 +21,10 @@ KEEP_FREED_MEMORY = {
 """glibc's settings for a process that encodes. Ray Train trains in a thread, and Serve encodes in one: a thread's own
 malloc arena gives memory back to the kernel at every step, which on two cores took a sixth of the speed, in page
 faults."""
+
+NODE_GROUP = "ray.io/node-group"
+"""The label that a node has of what added it to a cluster, where that was no person."""
+logger = logging.getLogger("raexmc_ray")
 
 
 @contextmanager
@@ -47,6 +51,28 @@ def connected(*, dashboard: bool = False, existing: bool = False) -> Iterator[No
         yield
     finally:
         ray.shutdown()
+
+
+def refuse_unplaceable(what: str, wanted: Mapping[str, float], remedy: str) -> None:
+    """Raise ValueError where no node of the cluster has all that `what` wants of one, {Ray's resource: how much}: Ray
+    would wait for such a node for ever, and say nothing.
+
+    A node may still come where what started the cluster knows kinds of nodes (`ray up`, KubeRay: their nodes say which
+    one they are of), so there a warning is all.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray's
+    if any(all(node["Resources"].get(name, 0) >= much for name, much in wanted.items()) for node in nodes):
+        return
+    each = " and ".join(_say(name, much) for name, much in wanted.items())
+    most = " and ".join(_say(name, max(node["Resources"].get(name, 0) for node in nodes)) for name in wanted)
+    said = f"{what} wants {each} on one node, and the most that a node has is {most}: {remedy}"
+    if not any(NODE_GROUP in node["Labels"] for node in nodes):
+        raise ValueError(f"{said}, or add such a node")
+    logger.warning("%s, unless the cluster adds such a node: waiting for one", said)
+
+
+def _say(resource: str, much: float) -> str:
+    return f"{much / 2**30:.1f} GiB of memory" if resource == "memory" else f"{much:g} {resource}"
 
 
 def count_gpus() -> int:

@@ -186,7 +186,7 @@ def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe)
         target.upload(local)
     details = {
         "fingerprint": fingerprint,
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe": recipe.record(),
         "step": best.step,
         "steps": last.step,
         "best": last.state["best"],
