@@ -25,6 +25,7 @@ faults."""
 
 NODE_GROUP = "ray.io/node-group"
 """Label of the nodes of a cluster that `ray up` or KubeRay keeps, from Ray's autoscaler (v2) or from Kubernetes."""
+logger = logging.getLogger("raexmc_ray")
 
 
 @contextmanager
@@ -51,6 +52,27 @@ def connected(*, dashboard: bool = False, existing: bool = False) -> Iterator[No
         yield
     finally:
         ray.shutdown()
+
+
+def refuse_unplaceable(what: str, wanted: Mapping[str, float], remedy: str) -> None:
+    """Raise ValueError where no node of the cluster has all that `what` wants of one, {Ray's resource: how much}: Ray
+    would wait for such a node for ever, and say nothing.
+
+    Where more nodes may come by themselves (`may_grow`), a warning is all.
+    """
+    nodes = living_nodes()
+    if any(all(node["Resources"].get(name, 0) >= much for name, much in wanted.items()) for node in nodes):
+        return
+    each = " and ".join(_say(name, much) for name, much in wanted.items())
+    most = " and ".join(_say(name, max(node["Resources"].get(name, 0) for node in nodes)) for name in wanted)
+    said = f"{what} wants {each} on one node, and the most that a node has is {most}: {remedy}"
+    if not may_grow(nodes):
+        raise ValueError(f"{said}, or add such a node")
+    logger.warning("%s, unless the cluster adds such a node: waiting for one", said)
+
+
+def _say(resource: str, much: float) -> str:
+    return f"{much / 2**30:.1f} GiB of memory" if resource == "memory" else f"{much:g} {resource}"
 
 
 def count_gpus() -> int:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,9 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from raexmc_ray.cluster import KEEP_FREED_MEMORY
+from raexmc_ray.cluster import KEEP_FREED_MEMORY, refuse_unplaceable
 from raexmc_ray.encoder import TextEncoder, use_hardware
-from raexmc_ray.files import Folder
+from raexmc_ray.files import Folder, Scratch
 from raexmc_ray.inputs.rows import Columns
 from raexmc_ray.inputs.units import read_texts
 from raexmc_ray.progress import Progress
@@ -37,6 +35,8 @@ UNIT_KEYS = 4096
 """Keys in a unit."""
 STAGED = "staged"
 """Written into the folder of a given encoder once all of it is there."""
+NAMES = ("kind", "uid", "id")
+"""Columns that name a row to people, where a table has them."""
 BLOCK_UNITS = 16
 """Units whose rows of a shard are handed to its index together."""
 
@@ -115,13 +115,14 @@ def embed_keys(
 ) -> None:
     """Write those units of `embeddings` that are missing.
 
-    table: Arrow (key_id, text, …), ids 0, 1, 2 …. encoder: folder that every node sees.
+    table: Arrow (key_id, text, …), ids 0, 1, 2 …; columns of NAMES are for errors. encoder: folder that every node
+    sees. Raises ValueError, which names the row, for a text that cannot be encoded.
     """
     missing = embeddings.missing()
     if not missing:
         return
     finished = len(table) - sum(map(embeddings.size, missing))
-    texts = table.select(["key_id", "text"])
+    texts = table.select(["key_id", *(name for name in NAMES if name in table.column_names), "text"])
     # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
     blocks = [texts.slice(unit * UNIT_KEYS, embeddings.size(unit)).combine_chunks() for unit in missing]
     arguments = (encoder, embeddings, section.batch_size, int(cluster.cpus_per_worker))
@@ -171,9 +172,13 @@ def map_units(
 
     worker: class whose instances, made with `arguments`, map a block to {"rows": [number]}, or to {"error": [what is
     wrong with it]}, which is raised here as a ValueError: of an exception in there Ray Data keeps the traces only.
-    blocks_at_a_time: an instance is called by so many threads.
+    blocks_at_a_time: an instance is called by so many threads. Raises ValueError where no node has room for an actor.
     """
     quiet_data()
+    needed, remedy = {"CPU": cluster.cpus_per_worker}, "lower cluster.cpus_per_worker"
+    if cluster.gpu:
+        needed, remedy = needed | {"GPU": 1}, f"{remedy} or set cluster.gpu=false (leave out --gpu)"
+    refuse_unplaceable("an encoder actor", needed, remedy)
     encoders = min(cluster.encoders, len(blocks))
     done = ray.data.from_arrow(list(blocks)).map_batches(
         worker,
@@ -209,17 +214,40 @@ class _UnitEncoder:
 
     def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:
         texts = unit["text"].to_pylist()
-        vectors_ND = self._encoder.encode(texts, self._batch_size)
+        try:
+            vectors_ND = self._encoder.encode(texts, self._batch_size)
+        except Exception as error:
+            row = self._culprit(texts)
+            if row is None:
+                raise
+            said = f"{_name(unit, row)}: this text cannot be encoded ({type(error).__name__}: {error})"
+            return {"error": np.array([said])}
         wrong = np.flatnonzero(~np.isfinite(vectors_ND).all(1))
         if len(wrong):
-            first = int(wrong[0])
             said = (
-                f"key {unit['key_id'][first].as_py()} ({texts[first][:80]!r}): the encoder's embedding of this text is "
-                f"not finite, nor are {len(wrong) - 1} others of its unit: the encoder's weights are broken"
+                f"{_name(unit, int(wrong[0]))}: the encoder's embedding of this text is not finite, nor are "
+                f"{len(wrong) - 1} others of its unit: the encoder's weights are broken"
             )
             return {"error": np.array([said])}
         self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
         return {"rows": np.array([len(unit)])}
+
+    def _culprit(self, texts: Sequence[str]) -> int | None:
+        """The first of the texts that cannot be encoded; None where each of them can, alone."""
+        for row, text in enumerate(texts):
+            try:
+                self._encoder.encode([text])
+            except Exception:
+                return row
+        return None
+
+
+def _name(unit: pa.Table, row: int) -> str:
+    """A row of a unit, for people: kind and uid, or id, where it has them; its key, and how its text begins."""
+    found = {name: str(unit[name][row].as_py()) for name in (*NAMES, "key_id") if name in unit.column_names}
+    key = found.pop("key_id")
+    who = " ".join(found.values()) or "a text"
+    return f"{who} (key {key}, {str(unit['text'][row].as_py())[:80]!r})"
 
 
 def stage_encoder(storage: Folder, model: str, section: EncoderSection) -> Folder:
@@ -239,8 +267,8 @@ def stage(storage: Folder, encoder: TextEncoder) -> Folder:
 
 def load_encoder(folder: Folder) -> TextEncoder:
     """The encoder that was saved at a folder, local or remote."""
-    with tempfile.TemporaryDirectory(prefix="raexmc-encoder-") as scratch:
-        return TextEncoder.load(str(folder.local(Path(scratch))))
+    with Scratch() as scratch:
+        return TextEncoder.load(str(folder.local(scratch)))
 
 
 def quiet_data() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import pyarrow.fs as pafs
 from pydantic import BaseModel, ConfigDict
 
 CHUNK_BYTES = 16 << 20
+SCRATCH = "raexmc-scratch-"
+"""How the names of temporary folders begin."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Folder:
         except BaseException:
             os.unlink(temporary)
             raise
+        sync(Path(parent))
 
     def upload(self, local: Path) -> None:
         """Copy the files of a local folder to this path."""
@@ -89,16 +95,20 @@ class Folder:
         source = pafs.LocalFileSystem()
         pafs.copy_files(str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem)
 
-    @contextmanager
+    @contextlib.contextmanager
     def filling(self) -> Iterator[Path]:
-        """A local folder to write files into, which are at this path once it is left: itself, where it is local."""
+        """A local folder to write files into, which are at this path once it is left, and stay there though the power
+        fail: itself, where it is local."""
         if self.is_local:
             Path(self.path).mkdir(parents=True, exist_ok=True)
             yield Path(self.path)
+            for folder, _, names in os.walk(self.path):
+                for path in (*(Path(folder) / name for name in names), Path(folder)):
+                    sync(path)
         else:
-            with tempfile.TemporaryDirectory(prefix="raexmc-") as scratch:
-                yield Path(scratch)
-                self.upload(Path(scratch))
+            with Scratch() as scratch:
+                yield scratch
+                self.upload(scratch)
 
     def remove(self) -> None:
         """Remove this folder with all that is in it; nothing where there is none."""
@@ -127,6 +137,54 @@ class Folder:
             while chunk := stream.read(CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
+
+
+class Scratch:
+    """A temporary folder that ends with its process: a context manager, or for as long as the object is there.
+
+    No process cleans up after `kill -9`, which is how Ray ends actors: what it leaves, the next process here that makes
+    a folder removes. A lock tells whose process is alive: the kernel takes it back whatever ends its holder.
+    """
+
+    def __init__(self) -> None:
+        for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+            _remove_unless_held(left)
+        # Under another name until it is locked, so that nobody takes it for one that was left.
+        new = Path(tempfile.mkdtemp(prefix=f".{SCRATCH}"))
+        lock = os.open(new, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.path = new.rename(new.with_name(new.name.removeprefix(".")))
+        self._end = weakref.finalize(self, _remove, self.path, lock)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+
+def _remove_unless_held(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is held, another user's, or gone by now
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def sync(path: Path) -> None:
+    """Wait until this file, or this folder's list of names, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 class FileEntry(BaseModel):

@@ -2,13 +2,14 @@
 
     recipe = Recipe.load("jobs/recipes/demo.yaml", ["training.epochs=3"])
 
-Unknown keys are errors; `section.field=value` overrides a field; `Recipe.save` writes the recipe that ran
-beside what it made.
+Unknown keys are errors; `section.field=value` overrides a field; `Recipe.record` is what is written of the recipe
+that ran, beside what it made.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,6 +22,9 @@ METRICS = ("P@1", "P@3", "P@5", "nDCG@1", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", 
 
 
 MOST_NEIGHBOURS = 16384
+
+CREDENTIALS = re.compile(r"(?<=://)[^/?#]*@")
+"""In a URL: what stands before the host."""
 
 INDEX_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16", "ivf-pq", "hnsw")
 
@@ -176,8 +180,8 @@ class MemorySection(Section):
     lists: int | None = Field(None, ge=1)
     """Inverted lists of the ivf kinds; about twice the square root of the number of keys where it is left out."""
     probes: int | None = Field(None, ge=1)
-    """Lists that a query looks into (of hnsw: keys on its search front); 1 in 32 of the lists, 32 at
-    least, where it is left out."""
+    """Lists that a query looks into, of the ivf kinds and of factory strings that have some (of hnsw: keys on its
+    search front); 1 in 32 of the lists, 32 at least, where it is left out."""
     lexical: LexicalSection = LexicalSection()
     """Word overlap as a part of every key: names and rare words that a trained embedding forgets."""
 
@@ -187,8 +191,10 @@ class MemorySection(Section):
             raise ValueError(f"index must be one of {', '.join(INDEX_KINDS)}, or factory:STRING (found {self.index!r})")
         if self.lists and not self.index.startswith("ivf"):
             raise ValueError(f"lists is a setting of the ivf kinds, not of {self.index}: leave it out")
-        if self.probes and not self.index.startswith(("ivf", "hnsw")):
-            raise ValueError(f"probes is a setting of the ivf kinds and of hnsw, not of {self.index}: leave it out")
+        if self.probes and not self.index.startswith(("ivf", "hnsw", "factory:")):
+            raise ValueError(
+                f"probes is a setting of the ivf kinds, hnsw and factory strings, not of {self.index}: leave it out"
+            )
         return self
 
 
@@ -292,6 +298,15 @@ class Recipe(Section):
     def dump(self) -> str:
         """This recipe as YAML, every default written out; `Recipe.load` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+    def record(self) -> dict[str, Any]:
+        """This recipe for a file beside what it made: as JSON, without the credentials that a URL in it may carry."""
+        settings: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
+        for section in settings.values():
+            for name, value in section.items():
+                if isinstance(value, str):
+                    section[name] = CREDENTIALS.sub("", value)
+        return settings
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:

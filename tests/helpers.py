@@ -21,7 +21,7 @@ from raexmc_ray.corpus.types import text_table
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder, describe_file
 from raexmc_ray.memory.index import IndexSpec, ShardIndex, build_index, train_index
-from raexmc_ray.memory.snapshot import TRAINED, Manifest, Snapshot, open_snapshot, publish
+from raexmc_ray.memory.snapshot import MANIFEST, SEAL, TRAINED, Manifest, Snapshot, open_snapshot, publish, seal_of
 from raexmc_ray.memory.write import SnapshotPlan, key_table, sample_keys, train, write_shard
 from raexmc_ray.recipe import MemorySection, PredictionSection
 
@@ -96,6 +96,15 @@ def publish_keys(
     )
     publish(plan.memory, manifest)
     return open_snapshot(memory)
+
+
+def change_manifest(snapshot: Path, change: Callable[[dict], object]) -> None:
+    """Change the manifest of the snapshot in a folder, and its seal with it, as no accident does."""
+    path = snapshot / MANIFEST
+    content = json.loads(path.read_text())
+    del content[SEAL]
+    change(content)
+    path.write_text(json.dumps({**content, SEAL: seal_of(content)}))
 
 
 def flat_index(keys_ND: np.ndarray) -> ShardIndex:

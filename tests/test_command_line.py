@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from conftest import tiny_settings
 
 import raexmc_ray
+from raexmc_ray.cli.output import say_bytes
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.write import build_memory
@@ -58,6 +60,53 @@ def test_inspect_says_what_is_in_a_memory(tmp_path: Path, tiny_corpus: Path) -> 
     for printed in (snapshot, "240 instances", "4, flat index"):
         assert printed in done.stdout
     assert raexmc_ray.open(tmp_path / "memory").manifest.id == snapshot
+
+
+def test_inspect_verifies_every_byte_and_names_the_file_that_was_altered(small_memory: Path, tmp_path: Path) -> None:
+    memory = shutil.copytree(small_memory, tmp_path / "memory")
+    manifest = raexmc_ray.open(memory).manifest
+    done = run("inspect", str(memory), "--verify")
+    assert done.returncode == 0, done.stderr
+    assert f"every byte of {len(manifest.files)} files is as the manifest says" in done.stdout
+    size = max(manifest.bytes_by_part().values())
+    assert say_bytes(size) in " ".join(done.stdout.split()), "bytes by part"
+
+    name = "segments/0000/shard-0002/keys.arrow"
+    path = memory / "snapshots" / manifest.id / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    done = run("inspect", str(memory), "--verify")
+    assert done.returncode == 1
+    assert f"{name}: its sha256 is not the manifest's: it was altered" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run("inspect", str(memory)).returncode == 0, "sizes are in order"
+
+
+def test_plan_says_what_a_memory_will_take() -> None:
+    options = [
+        "--instances",
+        "2248619",
+        "--labels",
+        "1305265",
+        "--dimension",
+        "768",
+        "--machines",
+        "2",
+        "--memory",
+        "64",
+    ]
+    done = run("plan", *options, "--index", "ivf-pq")
+    assert done.returncode == 0, done.stderr
+    for said in ("3,553,884 of 768 numbers, ivf-pq index, 128 of 4,096 lists", "5.8 GB in all", "to embed", "hours"):
+        assert said in " ".join(done.stdout.split())
+    assert "no estimate for hnsw" in " ".join(run("plan", *options, "--index", "hnsw").stdout.split())
+    refused = run("plan", *options[:-1], "4", "--index", "flat")
+    assert refused.returncode == 1
+    assert "take 4 machines" in refused.stderr
+    unknown = run("plan", *options, "--index", "factory:IVFoo")
+    assert unknown.returncode == 1
+    assert "FAISS cannot make it" in unknown.stderr
 
 
 @pytest.mark.ray

@@ -6,14 +6,17 @@ import contextlib
 import threading
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 import ray
 import torch
-from helpers import MODEL, write_tiny_corpus
+from helpers import MODEL, tiny_encoder, write_tiny_corpus
 
+from raexmc_ray.cluster import refuse_unplaceable
 from raexmc_ray.corpus import read_corpus
-from raexmc_ray.embed import stage_encoder
+from raexmc_ray.embed import Embeddings, _UnitEncoder, stage, stage_encoder
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.build import build
@@ -29,9 +32,77 @@ def test_a_text_whose_embedding_is_not_finite_is_named(ray_cluster: str, tmp_pat
     encoder.save(tmp_path / "encoder")
     corpus = write_tiny_corpus(tmp_path / "corpus")
     recipe = Recipe.parse({"corpus": {"path": str(corpus)}, "cluster": {"storage": str(tmp_path / "run")}})
-    with pytest.raises(ValueError, match=r"^key 2 \('text number 2'\).*not finite, nor are 1 others"):
+    with pytest.raises(ValueError, match=r"^instance 2 \(key 2, 'text number 2'\): .*not finite, nor are 1 others"):
         build(recipe, read_corpus(corpus), Folder.at(tmp_path / "encoder"))
     assert not list(tmp_path.rglob("unit-*"))
+
+
+def test_a_text_that_cannot_be_encoded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_encoder().save(tmp_path / "encoder")
+    encode = TextEncoder.encode
+
+    def refuse(self: TextEncoder, texts: list[str], *rest: int) -> np.ndarray:
+        if "a bad text" in texts or len(texts) > 2:
+            raise RuntimeError("no such token")
+        return encode(self, texts, *rest)
+
+    monkeypatch.setattr(TextEncoder, "encode", refuse)
+    folder = Folder.at(tmp_path)
+    unit = pa.table({"key_id": [0, 1], "id": ["p7", "p8"], "text": ["a text", "a bad text"]})
+    embeddings = Embeddings(folder / "embeddings", 2, 1, "float32")
+    worker = _UnitEncoder(folder / "encoder", embeddings, 64, torch.get_num_threads())
+    (said,) = worker(unit)["error"]
+    assert said == "p8 (key 1, 'a bad text'): this text cannot be encoded (RuntimeError: no such token)"
+    with pytest.raises(RuntimeError, match="no such token"):  # of all together, which is no row's fault
+        worker(pa.concat_tables([unit.slice(0, 1)] * 3))
+    assert not list(tmp_path.rglob("unit-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"cpus_per_worker": 8},
+            r"a shard wants 8 CPU and .* a node has is 4 CPU and .*: lower cluster\.cpus_per",
+        ),
+        ({"gpu": True}, r"an encoder actor wants 1 CPU and 1 GPU .* 0 GPU: .*set cluster\.gpu=false"),
+    ],
+)
+def test_what_no_node_has_room_for_is_refused_at_once(
+    ray_cluster: str, tmp_path: Path, change: dict, says: str
+) -> None:
+    corpus = write_tiny_corpus(tmp_path / "corpus")
+    recipe = Recipe.parse({"corpus": {"path": str(corpus)}, "cluster": {"storage": str(tmp_path / "run"), **change}})
+    encoder = stage(Folder.at(tmp_path), tiny_encoder())
+    with pytest.raises(ValueError, match=says):
+        build(recipe, read_corpus(corpus), encoder)
+    assert not list(tmp_path.rglob("unit-*"))
+
+
+def test_a_shard_that_is_too_large_to_build_is_refused_before_anything_is_embedded(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raexmc_ray.memory.build.build_bytes", lambda *_, **__: 1 << 50)
+    corpus = write_tiny_corpus(tmp_path / "corpus")
+    recipe = Recipe.parse({"corpus": {"path": str(corpus)}, "cluster": {"storage": str(tmp_path / "run")}})
+    with pytest.raises(ValueError, match=r"1 CPU and 1048576\.0 GiB of memory on one node.*raise memory\.shards \(4\)"):
+        build(recipe, read_corpus(corpus), stage(Folder.at(tmp_path), tiny_encoder()))
+    assert not list(tmp_path.rglob("unit-*"))
+
+
+def test_a_node_that_a_growing_cluster_may_add_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was started by `ray up` or KubeRay says of each node which kind it is: it may add one of another kind."""
+    head = {"Alive": True, "Resources": {"CPU": 4.0}, "Labels": {"ray.io/node-group": "head"}}
+    gone = {"Alive": False, "Resources": {"CPU": 64.0}, "Labels": {}}
+    monkeypatch.setattr(ray, "nodes", lambda: [head, gone])
+    refuse_unplaceable("it", {"CPU": 8}, "lower it")
+    assert "it wants 8 CPU on one node, and the most that a node has is 4 CPU: lower it, unless" in caplog.text
+    head["Labels"] = {}
+    with pytest.raises(ValueError, match="lower it, or add such a node"):
+        refuse_unplaceable("it", {"CPU": 8}, "lower it")
+    refuse_unplaceable("it", {"CPU": 4}, "lower it")
 
 
 @pytest.mark.faults

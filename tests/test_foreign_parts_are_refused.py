@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import MODEL, publish_keys, random_relevance, tiny_encoder, unit_rows, write_tiny_corpus
+from helpers import MODEL, change_manifest, publish_keys, random_relevance, tiny_encoder, unit_rows, write_tiny_corpus
 
 import raexmc_ray
 from raexmc_ray.corpus import read_corpus
@@ -37,13 +36,6 @@ def snapshot(memory: Path) -> Path:
     return memory / "snapshots" / (memory / "CURRENT").read_text().strip()
 
 
-def change_manifest(memory: Path, change: Callable[[dict], object]) -> None:
-    path = snapshot(memory) / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
 def test_another_encoder_is_refused_though_the_checksums_are_its_own(memory: Path) -> None:
     other = TextEncoder.load(MODEL, layers=1, max_tokens=17)
     shutil.rmtree(snapshot(memory) / "encoder")
@@ -53,7 +45,7 @@ def test_another_encoder_is_refused_though_the_checksums_are_its_own(memory: Pat
         for path in (snapshot(memory) / "encoder").iterdir():
             manifest["files"][f"encoder/{path.name}"] = describe_file(path).model_dump()
 
-    change_manifest(memory, list_it)
+    change_manifest(snapshot(memory), list_it)
     with pytest.raises(SnapshotError, match=r"/encoder: this encoder .* is not the one that made the keys"):
         raexmc_ray.open(memory).predict(["a text"])
 
@@ -81,7 +73,7 @@ def test_every_file_is_listed_and_every_listed_file_is_needed(memory: Path) -> N
 
 
 def test_a_file_that_is_not_listed_is_not_read(memory: Path) -> None:
-    change_manifest(memory, lambda manifest: manifest["files"].pop("labels.parquet"))
+    change_manifest(snapshot(memory), lambda manifest: manifest["files"].pop("labels.parquet"))
     with pytest.raises(SnapshotError, match=r"labels\.parquet: the manifest does not list"):
         raexmc_ray.open(memory).predict(["a text"])
 
@@ -97,13 +89,13 @@ def test_a_manifest_cut_anywhere_is_refused(memory: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"shards": "two"}, {"unknown": 1}, {"files": None}, {"format_version": "1"}])
 def test_a_manifest_of_another_shape_is_refused(memory: Path, change: dict) -> None:
-    change_manifest(memory, lambda manifest: manifest.update(change))
+    change_manifest(snapshot(memory), lambda manifest: manifest.update(change))
     with pytest.raises(SnapshotError, match=r"manifest\.json"):
         open_snapshot(memory)
 
 
 def test_more_segments_than_this_version_reads_are_refused(memory: Path) -> None:
-    change_manifest(memory, lambda manifest: manifest["segments"].append("0001"))
+    change_manifest(snapshot(memory), lambda manifest: manifest["segments"].append("0001"))
     with pytest.raises(SnapshotError, match="has 2 segments"):
         raexmc_ray.open(memory)
 

@@ -1,4 +1,5 @@
-"""Ctrl-C ends every process that a run started, orphans and those that ignore it included."""
+"""Ctrl-C ends every process that a run started, orphans and those that ignore it included; of a killed process's
+temporary files the next one leaves none."""
 
 from __future__ import annotations
 
@@ -7,12 +8,15 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import ROOT, tiny_settings
+
+from raexmc_ray.files import Scratch
 
 STUBBORN = """
 import os, signal, sys, time
@@ -25,6 +29,18 @@ if os.fork() == 0:
 open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)
 """
 
+HOLD = """
+import sys, time
+from pathlib import Path
+from raexmc_ray.files import Scratch
+with Scratch() as folder:
+    (folder / "sub").mkdir()
+    (folder / "sub/copy").write_bytes(b"x" * 1000)
+    Path(sys.argv[1] + ".").write_text(str(folder))
+    Path(sys.argv[1] + ".").rename(sys.argv[1])
+    time.sleep(600)
+"""
+
 SUPERVISE = "import sys; from raexmc_ray.supervise import run_and_clean_up; sys.exit(run_and_clean_up({command}))"
 
 
@@ -35,6 +51,32 @@ def _wait_for(path: Path, seconds: float = 20) -> int:
             return int(path.read_text())
         time.sleep(0.05)
     raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.faults
+def test_what_a_killed_process_copied_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    said = [tmp_path / "first", tmp_path / "second"]
+    holders = [subprocess.Popen([sys.executable, "-c", HOLD, str(path)], env=environment) for path in said]
+    try:
+        deadline = time.monotonic() + 60
+        while not all(path.exists() for path in said):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        first, second = (Path(path.read_text()) for path in said)
+        holders[0].kill()
+        holders[0].wait()
+        assert (first / "sub/copy").exists(), "nobody could clean up"
+        with Scratch() as mine:
+            assert not first.exists()
+            assert (second / "sub/copy").exists(), "its process is alive"
+            assert sorted(tmp_path.glob("*raexmc*")) == sorted([mine, second])
+        assert not mine.exists()
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
 
 
 @pytest.mark.faults

@@ -20,6 +20,15 @@ def test_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Pat
     assert Recipe.load(copy) == recipe
 
 
+@pytest.mark.parametrize("who", ["key:secret@", "key:s%2Fecret@", "secret@", ""])
+def test_what_is_written_of_a_recipe_has_no_credentials(who: str) -> None:
+    recipe = Recipe.parse({**SMALLEST, "cluster": {"storage": f"s3://{who}bucket/a@b?region=eu-west-1"}})
+    record = recipe.record()
+    assert record["cluster"]["storage"] == "s3://bucket/a@b?region=eu-west-1"
+    assert Recipe.parse(record).training == recipe.training
+    assert Recipe.parse(dict(SMALLEST)).record() == Recipe.parse(dict(SMALLEST)).model_dump(mode="json", by_alias=True)
+
+
 def test_overrides_reach_any_depth() -> None:
     overrides = ["training.epochs=3", "training.objective.instances=none", "prediction.neighbours={joint: 50}"]
     recipe = Recipe.parse(dict(SMALLEST), overrides)

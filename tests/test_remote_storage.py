@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from helpers import corpus_of, random_relevance, tiny_encoder, write_tiny_corpus
 
 import raexmc_ray
@@ -99,6 +100,13 @@ def test_a_cluster_builds_on_s3_and_its_actors_answer_from_there(bucket: str, tm
     memory, pool = open_in_actors(Folder.at(remote.cluster.storage) / "memory")
     with pool:
         assert memory.predict(["text number 2"], evidence=2) == expected
+        for actor in pool.actors:  # what an actor holds goes with it, even by `kill -9`
+            mapped = Path(f"/proc/{ray.get(actor.pid.remote())}/maps").read_text()
+            assert "/shard-" in mapped
+            assert "index.faiss (deleted)" in mapped
+    manifest = (memory.snapshot.folder / "manifest.json").read().decode()
+    assert "s3://bucket/run?" in manifest
+    assert "secret" not in manifest
 
 
 @pytest.mark.ray

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from helpers import corpus_of, tiny_encoder
+from helpers import change_manifest, corpus_of, tiny_encoder
 
 import raexmc_ray
 from raexmc_ray.corpus import Corpus, read_corpus
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.memory.snapshot import SnapshotError
+from raexmc_ray.memory.snapshot import FORMAT_VERSION, SnapshotError
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.recipe import MemorySection, PredictionSection
 
@@ -117,8 +117,7 @@ def test_damage_elsewhere_is_refused_before_it_is_used(memory: Path, name: str, 
 
 
 def edit(memory: Path, **change: object) -> None:
-    path = snapshot(memory) / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    change_manifest(snapshot(memory), lambda manifest: manifest.update(change))
 
 
 def test_a_foreign_encoder_is_refused(memory: Path) -> None:
@@ -127,11 +126,25 @@ def test_a_foreign_encoder_is_refused(memory: Path) -> None:
         raexmc_ray.open(memory).predict(["a text"])
 
 
+@pytest.mark.parametrize(
+    ("was", "is_now"), [('"instances": 240', '"instances": 200'), ('"lambda": 0.5', '"lambda": 0.6'), ("flat", "flaT")]
+)
+def test_an_altered_manifest_is_refused(memory: Path, was: str, is_now: str) -> None:
+    path = snapshot(memory) / "manifest.json"
+    assert was in path.read_text()
+    path.write_text(path.read_text().replace(was, is_now, 1))
+    with pytest.raises(SnapshotError, match=r"manifest\.json: its sha256 is not what it says"):
+        raexmc_ray.open(memory)
+
+
 def test_a_manifest_that_cannot_be_trusted_is_refused(memory: Path) -> None:
     edit(memory, format_version=99)
     with pytest.raises(SnapshotError, match=r"manifest\.json.*version 99"):
         raexmc_ray.open(memory)
-    edit(memory, format_version=1, id="another")
+    edit(memory, format_version=1)
+    with pytest.raises(SnapshotError, match=r"manifest\.json.*version 1;.*run `raexmc build` again"):
+        raexmc_ray.open(memory)
+    edit(memory, format_version=FORMAT_VERSION, id="another")
     with pytest.raises(SnapshotError, match=r"manifest\.json.*another"):
         raexmc_ray.open(memory)
     tear(snapshot(memory) / "manifest.json")
@@ -146,6 +159,43 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(memory: Path) -> None:
     (memory / "CURRENT").unlink()
     with pytest.raises(FileNotFoundError, match="raexmc build"):
         raexmc_ray.open(memory)
+
+
+@pytest.mark.parametrize("name", [f"{SHARD}/index.faiss", "labels.parquet", "manifest.json"])
+@pytest.mark.parametrize("damage", [tear, Path.unlink])
+def test_building_again_mends_a_damaged_snapshot(
+    memory: Path, corpus: Corpus, encoder: TextEncoder, name: str, damage: Callable[[Path], None]
+) -> None:
+    whole = raexmc_ray.open(memory)
+    expected = whole.predict(["a text"], evidence=3)
+    damage(snapshot(memory) / name)
+    assert raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2)) == whole.manifest.id
+    assert raexmc_ray.open(memory).predict(["a text"], evidence=3) == expected
+
+
+def test_building_again_leaves_a_newer_snapshot_alone(memory: Path, corpus: Corpus, encoder: TextEncoder) -> None:
+    edit(memory, format_version=99)
+    with pytest.raises(SnapshotError, match="version 99"):
+        raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2))
+    assert (snapshot(memory) / SHARD / "index.faiss").is_file()
+
+
+def test_what_is_said_to_be_done_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's bytes, and its name in its folder, before the file that vouches for it."""
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda opened: synced.append(os.readlink(f"/proc/self/fd/{opened}")))
+    corpus = corpus_of(sp.csr_matrix(np.eye(3, dtype=np.float32)))
+    name = build_memory(corpus, tiny_encoder(), tmp_path, MemorySection(shards=2, index="ivf-pq"))
+    first = {path: number for number, path in reversed(list(enumerate(synced)))}
+    folder = tmp_path / "snapshots" / name
+    for shard in (folder / "segments/0000").glob("shard-*"):
+        said = next(number for path, number in first.items() if f"/building/{name}/.{shard.name}.json" in path)
+        for path in (*shard.iterdir(), shard):
+            assert first[str(path)] < said
+    published = next(number for path, number in first.items() if "/.manifest.json" in path)
+    for path in folder.rglob("*"):
+        assert path.name == "manifest.json" or first[str(path)] < published
+    assert first[str(folder)] < published
 
 
 def test_building_again_leaves_a_published_snapshot_alone(tmp_path: Path) -> None:

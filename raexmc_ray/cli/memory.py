@@ -77,6 +77,7 @@ def plan(
     table = Table(show_header=False)
     lists = f", {spec.probes} of {spec.lists:,} lists probed" if spec.lists else ""
     in_all = planned.shards * planned.shard_memory
+    unknown = f"no estimate for {spec.kind}: build a part of it, and measure"
     for name, value in (
         ("keys", f"{planned.keys:,} of {dimension} numbers, {spec.kind} index{lists}"),
         ("shards", f"{planned.shards} (memory.shards), {planned.shards // machines} a machine"),
@@ -88,7 +89,7 @@ def plan(
         ("beside it", f"{say_bytes(planned.embeddings_disk)} of embeddings, which may go once it is built"),
         ("building", f"{say_bytes(planned.build_memory)} of memory for each shard that is built at a time"),
         ("to embed", f"{planned.embed_hours:.2f} hours at {texts_per_second:,.0f} texts/s a machine"),
-        ("to build", f"{planned.build_hours:.2f} hours"),
+        ("to build", unknown if planned.build_hours is None else f"{planned.build_hours:.2f} hours"),
     ):
         table.add_row(name, value)
     console.print(table)

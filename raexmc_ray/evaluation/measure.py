@@ -134,7 +134,7 @@ def measure(
         table=table,
         breakdown=groups.breakdown(),
         seconds={stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
-        recipe=recipe.model_dump(mode="json", by_alias=True) if recipe else None,
+        recipe=recipe.record() if recipe else None,
     )
     return Measured(evaluation, rows, figures)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
+from raexmc_ray.cluster import refuse_unplaceable
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.embed import Embeddings, embed_keys, load_encoder, stage
 from raexmc_ray.files import FileEntry, Folder
 from raexmc_ray.memory.index import use_threads
-from raexmc_ray.memory.plan import BUILD_MEMORY, shard_bytes
-from raexmc_ray.memory.snapshot import publish_current
+from raexmc_ray.memory.plan import build_bytes
 from raexmc_ray.memory.write import (
     SnapshotPlan,
     finish_snapshot,
@@ -34,23 +33,24 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
     """Build and publish the memory of `corpus` at `cluster.storage`/memory; returns the snapshot's id.
 
     encoder: a folder that every node sees. The same recipe, corpus and encoder make the same snapshot: a run
-    that was stopped goes on, and one that is finished is only made the current one again.
+    that was stopped goes on, and one that is finished is only made the current one again. Raises ValueError where no
+    node has room for what must run on one.
     """
     storage = Folder.at(recipe.cluster.storage)
     table = key_table(corpus)
     tower = key_encoder(load_encoder(encoder), table, recipe.memory)
     plan = SnapshotPlan.of(storage / "memory", corpus, tower, recipe.memory, recipe.prediction)
-    if plan.is_complete:
-        publish_current(plan.memory, plan.id)
+    if plan.publish_again():
         return plan.id
+    remedy = f"lower cluster.cpus_per_worker, or raise memory.shards ({plan.shards})"
+    refuse_unplaceable("what writes a shard", _needed(plan, table, recipe.cluster.cpus_per_worker), remedy)
     dtype = np.dtype(np.float32 if plan.index.stores_float32 else np.float16)
     name = f"{tower.fingerprint[:16]}-{corpus.fingerprint[:16]}-{plan.shards}-{dtype.name}"
     embeddings = Embeddings(storage / "embeddings" / name, len(table), plan.shards, dtype.name)
     staged = stage(storage, tower) if tower.lexical else encoder
     embed_keys(table, staged, embeddings, recipe.encoder, recipe.cluster)
     trained, shards = write_shards(plan, table, embeddings, recipe.cluster.cpus_per_worker)
-    settings: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
-    finish_snapshot(plan, corpus, tower, trained, shards, recipe.prediction, settings)
+    finish_snapshot(plan, corpus, tower, trained, shards, recipe.prediction, recipe.record())
     return plan.id
 
 
@@ -69,8 +69,7 @@ def write_shards(
     missing = [shard for shard in range(plan.shards) if shard not in done]
     if missing:
         keys, shared = ray.put(table), ray.put(trained)
-        memory = BUILD_MEMORY * shard_bytes(plan.index, -(-len(table) // plan.shards))
-        write = _write_shard.options(num_cpus=cpus, memory=int(memory))
+        write = _write_shard.options(num_cpus=cpus, memory=_needed(plan, table, cpus)["memory"])
         pending = {write.remote(plan, shard, shared, embeddings, keys, threads): shard for shard in missing}
         with Progress("build", plan.shards, "shards", done=len(done)) as progress:
             while pending:
@@ -80,7 +79,14 @@ def write_shards(
     return trained, done.values()
 
 
-@ray.remote
+def _needed(plan: SnapshotPlan, table: pa.Table, cpus: float) -> dict[str, float]:
+    """What the writing of a shard reserves, in Ray's words: it sees none of FAISS's memory, and must be told."""
+    rows = -(-len(table) // plan.shards)
+    return {"CPU": cpus, "memory": build_bytes(plan.index, rows, plan.shards, table.nbytes // plan.shards)}
+
+
+# In a process of its own: the sample comes in small pieces, whose memory malloc keeps for what the process does next.
+@ray.remote(max_calls=1)
 def _train(plan: SnapshotPlan, embeddings: Embeddings, threads: int) -> bytes:
     use_threads(threads)
     return train(plan, embeddings.take(sample_keys(plan, embeddings.keys)).astype(np.float32))

@@ -8,8 +8,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raexmc_ray.files import Folder
-from raexmc_ray.memory.snapshot import Snapshot, check_file, is_complete, memory_id, publish, publish_current
+from raexmc_ray.files import Folder, sync
+from raexmc_ray.memory.snapshot import (
+    Snapshot,
+    check_file,
+    check_sizes,
+    is_complete,
+    memory_id,
+    open_snapshot,
+    publish,
+    publish_current,
+)
 from raexmc_ray.recipe import PredictionSection
 
 
@@ -23,6 +32,7 @@ def with_defaults(memory: Folder, snapshot: Snapshot, corpus_fingerprint: str, d
     manifest = snapshot.manifest
     name = memory_id(corpus_fingerprint, manifest.encoder_fingerprint, manifest.shards, manifest.index, defaults)
     if is_complete(memory, name):
+        check_sizes(open_snapshot(memory, name))
         publish_current(memory, name)
         return name
     target = memory / "snapshots" / name
@@ -53,5 +63,6 @@ def _share(source: Folder, target: Folder) -> None:
         os.link(source.path, beside)
     except OSError:  # a filesystem without hard links
         shutil.copyfile(source.path, beside)
+        sync(beside)
     os.replace(beside, path)
     beside.unlink(missing_ok=True)  # left by `replace` where both names are links to the same file

@@ -31,6 +31,7 @@ from raexmc_ray.recipe import MemorySection
 
 _faiss: Any = faiss
 """For its classes whose constructors are made in Python, which no type checker sees."""
+FACTORY = "factory:"
 INDEX, VECTORS = "index.faiss", "vectors.npy"
 SEED = 0
 SLACK = 16
@@ -63,19 +64,28 @@ class IndexSpec(BaseModel):
     lists: int = 0
     """Inverted lists of the coarse quantiser; 0 where the kind has none."""
     probes: int = 0
-    """Lists that a query looks into (of an hnsw graph: keys on its search front)."""
+    """Lists that a query looks into, those of a factory string too (of an hnsw graph: keys on its search front)."""
 
     @classmethod
     def of(cls, section: MemorySection, keys: int, dimension: int) -> Self:
         """What a recipe's section asks for, at this number of keys: about 2√keys lists unless they are given, and
-        1 in 32 of them probed, but 32 at least."""
+        1 in 32 of them probed, but 32 at least. Raises ValueError for a factory string that FAISS does not know, and
+        for probes where it has no inverted lists."""
         kind = section.index
+
+        def probes(lists: int) -> int:
+            return min(section.probes or max(32, lists // 32), lists)
+
         if kind.startswith("ivf"):
             lists = section.lists or 2 ** round(math.log2(max(1.0, 2 * math.sqrt(keys))))
             lists = min(lists, max(1, keys))
-            return cls(
-                kind=kind, dimension=dimension, lists=lists, probes=min(section.probes or max(32, lists // 32), lists)
-            )
+            return cls(kind=kind, dimension=dimension, lists=lists, probes=probes(lists))
+        if kind.startswith(FACTORY):
+            index = _from_factory(kind, dimension)
+            inverted = _faiss.try_extract_index_ivf(index)  # a part of `index`
+            if inverted is None and section.probes:
+                raise ValueError(f"memory.probes is {section.probes}, and {kind} has no inverted lists: leave it out")
+            return cls(kind=kind, dimension=dimension, probes=probes(inverted.nlist) if inverted else 0)
         return cls(kind=kind, dimension=dimension, probes=section.probes or (128 if kind == "hnsw" else 0))
 
     @property
@@ -99,7 +109,7 @@ class IndexSpec(BaseModel):
     @property
     def stores_float32(self) -> bool:
         """Whether embeddings must reach the index in float32; else half the bytes do."""
-        return self.kind == "flat" or self.kind.startswith("factory:")
+        return self.kind == "flat" or self.kind.startswith(FACTORY)
 
 
 @dataclass(frozen=True)
@@ -120,16 +130,12 @@ class Lists:
 def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
     """An empty FAISS index of this kind, trained on a sample of the whole memory: float32 [n, d], of unit length.
 
-    From a fixed seed, so that the same sample gives the same index. Raises ValueError for a factory string that
-    FAISS does not know.
+    From a fixed seed, so that the same sample gives the same index.
     """
     d, metric = spec.dimension, faiss.METRIC_INNER_PRODUCT
     fp16 = faiss.ScalarQuantizer.QT_fp16
-    if spec.kind.startswith("factory:"):
-        try:
-            index = faiss.index_factory(d, spec.kind.removeprefix("factory:"), metric)
-        except RuntimeError as error:
-            raise ValueError(f"memory.index is {spec.kind!r}: FAISS cannot make it: {_reason(error)}") from None
+    if spec.kind.startswith(FACTORY):
+        index = _from_factory(spec.kind, d)
     elif spec.kind == "flat":
         index = faiss.IndexFlatIP(d)
     elif spec.kind == "flat-fp16":
@@ -143,6 +149,14 @@ def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
     if not index.is_trained:
         index.train(_enough(sample_ND, 256))
     return index
+
+
+def _from_factory(kind: str, dimension: int) -> Any:
+    """An untrained index of a kind `factory:STRING`. Raises ValueError where FAISS does not know the string."""
+    try:
+        return faiss.index_factory(dimension, kind.removeprefix(FACTORY), faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(f"memory.index is {kind!r}: FAISS cannot make it: {_reason(error)}") from None
 
 
 def _inverted_lists(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
@@ -260,6 +274,8 @@ class ShardIndex:
         self._index = _faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_MMAP_IFC)
         if self._index.d != spec.dimension:
             raise ValueError(f"{folder / INDEX}: has dimension {self._index.d}, not {spec.dimension}")
+        if spec.kind.startswith(FACTORY) and spec.probes:
+            _faiss.extract_index_ivf(self._index).nprobe = spec.probes
         self.spec, self._shards, self._keys_ND = spec, shards, None
         self._on_gpu = _copy_to_gpu(self._index, spec) if gpu else None
         if spec.has_vectors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from raexmc_ray.memory.index import GRAPH_LINKS, KMEANS_ROUNDS, IndexSpec
+from raexmc_ray.memory.index import FACTORY, GRAPH_LINKS, KMEANS_ROUNDS, IndexSpec
 from raexmc_ray.recipe import MemorySection
 
 ID_BYTES = 8
@@ -17,10 +17,16 @@ SHARD_WORTH = 1 << 28
 """Bytes below which a shard is not worth an actor of its own."""
 HEADROOM = 0.7
 """Share of a machine's memory that shards may take."""
-BUILD_MEMORY = 1.3
-"""Memory of a build over that of the finished index."""
+PROCESS_BYTES = 400 << 20
+"""Of a process that builds, beside what it builds: torch, Ray, FAISS and Arrow."""
+BLOCK_KEYS = 1 << 16
+"""Keys, of all shards together, whose embeddings reach the indexes at a time: those of embed.py's BLOCK_UNITS."""
+BLOCK_BYTES = 8
+"""Of a number in such a block: as it is read, as it is joined, and in float32."""
 CORE_FLOPS = 60e9
 """Float32 operations a second of one core in a matrix product: assumed, of the right order for a server's core."""
+WRITE_RATE = 300e6
+"""Bytes of shards that a machine writes a second, their embeddings read and their checksums made: assumed, too."""
 KEY_BYTES = 40
 """Of a key beside its text and labels: id, kind, offsets, uid."""
 
@@ -55,6 +61,17 @@ def shard_bytes(spec: IndexSpec, keys: int) -> int:
     return index_bytes(spec, keys) + vectors_bytes(spec, keys)
 
 
+def build_bytes(spec: IndexSpec, keys: int, shards: int, table: int) -> int:
+    """Bytes of the process that writes one of so many shards, with so many keys, at its peak.
+
+    table: bytes of the keys' texts and labels, of which there are two copies for a while.
+    """
+    block = BLOCK_BYTES * spec.dimension * min(keys, BLOCK_KEYS // shards)
+    # What FAISS fills key by key grows by doubling.
+    growth = 2 if spec.kind in ("ivf-pq", "hnsw") or spec.kind.startswith(FACTORY) else 1
+    return PROCESS_BYTES + growth * index_bytes(spec, keys) + vectors_bytes(spec, keys) + block + 2 * table
+
+
 class MemoryPlan(BaseModel):
     """What a memory takes: bytes, shards and hours, before anything is built."""
 
@@ -71,7 +88,8 @@ class MemoryPlan(BaseModel):
     build_memory: int
     """Bytes that building one shard takes."""
     embed_hours: float
-    build_hours: float
+    build_hours: float | None
+    """None where there is no estimate: of hnsw and factory strings."""
 
 
 def plan_memory(
@@ -111,6 +129,8 @@ def plan_memory(
     beside = KEY_BYTES * keys + text_bytes * keys + 4 * (labels_per_instance * instances + labels)
     training = 2 * index.sample * KMEANS_ROUNDS * index.lists * dimension
     filling = 2 * keys * index.lists * dimension / machines
+    seconds = (training + filling) / (CORE_FLOPS * machine_cpus) + total / machines / WRITE_RATE
+    is_known = index.kind != "hnsw" and not index.kind.startswith(FACTORY)
     return MemoryPlan(
         index=index,
         keys=keys,
@@ -118,7 +138,7 @@ def plan_memory(
         shard_memory=memory,
         shard_disk=memory + int(beside / shards),
         embeddings_disk=keys * dimension * (4 if index.stores_float32 else 2),
-        build_memory=int(BUILD_MEMORY * memory),
+        build_memory=build_bytes(index, rows, shards, int(beside / shards)),
         embed_hours=keys / texts_per_second / machines / 3600,
-        build_hours=(training + filling) / (CORE_FLOPS * machine_cpus) / 3600,
+        build_hours=seconds / 3600 if is_known else None,
     )

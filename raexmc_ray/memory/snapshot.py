@@ -3,7 +3,7 @@
     MEMORY/
       CURRENT                    one line: the id of the current snapshot, replaced atomically
       snapshots/ID/
-        manifest.json            what is in it, with size and sha256 of every file; written last
+        manifest.json            what is in it, with size and sha256 of every file, and its own; written last
         encoder/                 safetensors, tokenizer, config
         labels.parquet           index, uid, text
         segments/0000/
@@ -23,32 +23,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from raexmc_ray.files import FileEntry, Folder
+from raexmc_ray.files import FileEntry, Folder, Scratch
 from raexmc_ray.memory.index import CoarseQuantizer, IndexSpec, open_quantizer
 from raexmc_ray.recipe import PredictionSection
 
 if TYPE_CHECKING:
     from raexmc_ray.encoder import TextEncoder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 LABELS = "labels.parquet"
 ENCODER = "encoder"
 TRAINED = "trained.faiss"
-ALTERED = "{}: its sha256 is not the manifest's: it was altered"
+SEAL = "sha256"
+"""In a manifest: over all the rest of it."""
+ALTERED = "{}: its sha256 is not the manifest's: it was altered. Remove it, and run `raexmc build` again"
 
 
 class SnapshotError(ValueError):
     """A memory that cannot be read: names the file, and what is wrong with it."""
+
+
+class NewerSnapshotError(SnapshotError):
+    """A snapshot of a newer version of this package: there is nothing wrong with it."""
 
 
 class Manifest(BaseModel):
@@ -94,7 +99,8 @@ class Snapshot:
 
     folder: Folder
     manifest: Manifest
-    _cache: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list, compare=False, repr=False)
+    _copies: list[Scratch] = field(default_factory=list, compare=False, repr=False)
+    """Of the files of a remote one. They go with this object: who has mapped one keeps what is in it."""
 
     def file(self, name: str, verify: bool = True) -> Path:
         """A local path of the file, whose size, and with `verify` whose checksum, is as the manifest says."""
@@ -103,7 +109,7 @@ class Snapshot:
             raise SnapshotError(f"{self.folder / name}: the manifest does not list this file")
         file = self.folder / name
         check_file(file, entry, verify and file.is_local)
-        path = file.local(self._cache_for(name))
+        path = file.local(self._place_for(name))
         if verify and not file.is_local and Folder.at(path).sha256() != entry.sha256:  # read once, not twice
             raise SnapshotError(ALTERED.format(file))
         return path
@@ -134,12 +140,12 @@ class Snapshot:
             return None
         return open_quantizer(self.file(f"segments/{self.manifest.segments[0]}/{TRAINED}", verify), self.manifest.index)
 
-    def _cache_for(self, name: str) -> Path:
+    def _place_for(self, name: str) -> Path:
         if self.folder.is_local:
             return Path(self.folder.path)
-        if not self._cache:
-            self._cache.append(tempfile.TemporaryDirectory(prefix="raexmc-snapshot-"))
-        parent = Path(self._cache[0].name) / Path(name).parent
+        if not self._copies:
+            self._copies.append(Scratch())
+        parent = self._copies[0].path / Path(name).parent
         parent.mkdir(parents=True, exist_ok=True)
         return parent
 
@@ -153,11 +159,19 @@ def check_file(file: Folder, entry: FileEntry, verify: bool = True) -> None:
     """Raise SnapshotError unless `file` has the size and, with `verify`, the checksum of `entry`."""
     size = file.size()
     if size is None:
-        raise SnapshotError(f"{file}: is missing; the manifest lists it")
+        raise SnapshotError(f"{file}: is missing; the manifest lists it: run `raexmc build` again")
     if size != entry.size:
-        raise SnapshotError(f"{file}: has {size:,} bytes, the manifest says {entry.size:,}: it is torn")
+        raise SnapshotError(
+            f"{file}: has {size:,} bytes, the manifest says {entry.size:,}: it is torn: run `raexmc build` again"
+        )
     if verify and file.sha256() != entry.sha256:
         raise SnapshotError(ALTERED.format(file))
+
+
+def check_sizes(snapshot: Snapshot) -> None:
+    """Raise SnapshotError, which names the file, unless every file of a snapshot is there with all its bytes."""
+    for name, entry in snapshot.manifest.files.items():
+        check_file(snapshot.folder / name, entry, verify=False)
 
 
 def verify(snapshot: Snapshot) -> Iterator[int]:
@@ -177,9 +191,15 @@ def list_snapshots(memory: Folder) -> list[str]:
 
 def publish(memory: Folder, manifest: Manifest) -> None:
     """Make a snapshot, all of whose files are written, the current one."""
-    text = manifest.model_dump_json(indent=2, by_alias=True)
+    content = manifest.model_dump(mode="json", by_alias=True)
+    text = json.dumps({**content, SEAL: seal_of(content)}, indent=2)
     (memory / "snapshots" / manifest.id / MANIFEST).write(text.encode() + b"\n")
     publish_current(memory, manifest.id)
+
+
+def seal_of(content: dict[str, Any]) -> str:
+    """sha256 over the content of a manifest, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def publish_current(memory: Folder, snapshot: str) -> None:
@@ -215,11 +235,18 @@ def _read_manifest(file: Folder, snapshot: str) -> Manifest:
         content = json.loads(file.read())
         version = content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise SnapshotError(f"{file}: is torn or not a manifest ({error})") from None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise SnapshotError(
-            f"{file}: has format version {version}; this raexmc_ray reads up to {FORMAT_VERSION}: update it"
+        raise SnapshotError(f"{file}: is torn or not a manifest ({error}): run `raexmc build` again") from None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise NewerSnapshotError(
+            f"{file}: has format version {version}; this raexmc_ray reads version {FORMAT_VERSION}: update it"
         )
+    if version != FORMAT_VERSION:
+        raise SnapshotError(
+            f"{file}: has format version {version}; this raexmc_ray reads version {FORMAT_VERSION}: run `raexmc build` "
+            "again"
+        )
+    if content.pop(SEAL, None) != seal_of(content):
+        raise SnapshotError(f"{file}: its sha256 is not what it says: it was altered: run `raexmc build` again")
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:

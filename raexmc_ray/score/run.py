@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from raexmc_ray.cluster import living_nodes
 from raexmc_ray.embed import map_units
 from raexmc_ray.encoder import use_hardware
 from raexmc_ray.files import Folder
@@ -132,7 +133,7 @@ def _places_of_shards(manifest: Manifest, cluster: ClusterSection) -> tuple[list
     """
     shards = manifest.shards
     needed = shards * shard_bytes(manifest.index, -(-manifest.keys // shards))
-    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]  # Ray's
+    alive = {node["NodeID"]: node["Resources"] for node in living_nodes()}
     spare = {node: there.get("CPU", 0) - cluster.cpus_per_worker for node, there in alive.items()}
     nodes = [
         node

@@ -214,7 +214,7 @@ def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe,
     details = {
         "fingerprint": fingerprint,
         "corpus": corpus.fingerprint,
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe": recipe.record(),
         "step": best.step,
         "steps": last.step,
         "best": last.state["best"],
