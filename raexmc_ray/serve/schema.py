@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    model_validator,
+)
 
 from raexmc_ray.answer import ScoredLabel
 
@@ -77,7 +87,22 @@ def _integral(value: object) -> object:
 
 Integer = Annotated[int, BeforeValidator(_integral), Strict()]
 """As JSON Schema has it: 10 and 10.0, but not "10" or true."""
-Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CHARACTERS, pattern=r"\S")]
+INK = "[^\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"
+"""A character that is not blank, spelled out: dialects of regular expressions differ in what `\\S` is."""
+
+
+def _not_blank(text: str) -> str:
+    if not re.search(INK, text):
+        raise ValueError("the text is blank")
+    return text
+
+
+Text = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=MAX_CHARACTERS),
+    AfterValidator(_not_blank),
+    Field(json_schema_extra={"pattern": INK}),
+]
 Uid = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
