@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+CODE = (":/", ":(exclude,top)benchmarks/results")
+"""What a result follows from: not the results that were written before it."""
 PACKAGES = ("ray", "torch", "transformers", "faiss-cpu", "numpy", "scipy", "pyarrow")
 
 
@@ -25,7 +27,7 @@ def write_result(name: str, figures: dict[str, Any], targets: list[dict[str, Any
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno", "--", *CODE) else ""),
         "figures": figures,
         "targets": targets,
     }
