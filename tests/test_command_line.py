@@ -84,21 +84,11 @@ def test_inspect_verifies_every_byte_and_names_the_file_that_was_altered(small_m
 
 
 def test_plan_says_what_a_memory_will_take() -> None:
-    options = [
-        "--instances",
-        "2248619",
-        "--labels",
-        "1305265",
-        "--dimension",
-        "768",
-        "--machines",
-        "2",
-        "--memory",
-        "64",
-    ]
+    sizes = {"instances": 2248619, "labels": 1305265, "dimension": 768, "machines": 2, "memory": 64}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     done = run("plan", *options, "--index", "ivf-pq")
     assert done.returncode == 0, done.stderr
-    for said in ("3,553,884 of 768 numbers, ivf-pq index, 128 of 4,096 lists", "5.8 GB in all", "to embed", "hours"):
+    for said in ("3,553,884 of 768 numbers, ivf-pq index, 128 of 4,096 lists", "6.0 GB in all", "to embed", "hours"):
         assert said in " ".join(done.stdout.split())
     assert "no estimate for hnsw" in " ".join(run("plan", *options, "--index", "hnsw").stdout.split())
     refused = run("plan", *options[:-1], "4", "--index", "flat")
