@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def refuse_unplaceable(what: str, wanted: Mapping[str, float], remedy: str) -> N
     Where more nodes may come by themselves (`may_grow`), a warning is all.
     """
     nodes = living_nodes()
-    if any(all(node["Resources"].get(name, 0) >= much for name, much in wanted.items()) for node in nodes):
+    if room_for(nodes, wanted):
         return
     each = " and ".join(_say(name, much) for name, much in wanted.items())
     most = " and ".join(_say(name, max(node["Resources"].get(name, 0) for node in nodes)) for name in wanted)
@@ -83,6 +84,14 @@ def count_gpus() -> int:
 def living_nodes() -> list[Mapping[str, Any]]:
     """The nodes that there are, as Ray describes them: `Resources` and `Labels` among much else."""
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray's
+
+
+def room_for(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> int:
+    """How many processes these nodes have room for, each of which wants so much of one node: what several nodes have
+    left over is of no use to it. wanted: {Ray's resource: how much, above 0}."""
+    return sum(
+        min(math.floor(node["Resources"].get(name, 0) / much + 1e-9) for name, much in wanted.items()) for node in nodes
+    )
 
 
 def may_grow(nodes: Sequence[Mapping[str, Any]]) -> bool:

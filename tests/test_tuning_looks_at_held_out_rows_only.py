@@ -185,6 +185,10 @@ def test_the_new_snapshot_answers_by_them_and_the_old_one_stays(
     models = [built / "snapshots" / name / "encoder/model.safetensors" for name in (old, str(done.snapshot_after))]
     assert models[0].samefile(models[1]), "no second copy"
     assert build_memory(corpus, tiny_encoder(), built, BUILT, chosen) == done.snapshot_after
+    models[1].unlink()
+    assert publish_tuned(Folder.at(built), memory.snapshot, corpus, tuned) == done
+    assert models[0].samefile(models[1]), "a damaged one is made anew"
+    assert sum(verify(open_snapshot(built))) > 0
     assert with_defaults(Folder.at(built), memory.snapshot, corpus.fingerprint, memory.manifest.defaults) == old
     assert (built / "CURRENT").read_text().strip() == old
     unchanged = tuned.model_copy(update={"after": tuned.before})

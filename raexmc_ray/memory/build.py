@@ -14,6 +14,7 @@ from raexmc_ray.embed import Embeddings, embed_keys, load_encoder, stage
 from raexmc_ray.files import FileEntry, Folder
 from raexmc_ray.memory.index import use_threads
 from raexmc_ray.memory.plan import build_bytes
+from raexmc_ray.memory.snapshot import publish_again
 from raexmc_ray.memory.write import (
     SnapshotPlan,
     finish_snapshot,
@@ -40,7 +41,7 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
     table = key_table(corpus)
     tower = key_encoder(load_encoder(encoder), table, recipe.memory)
     plan = SnapshotPlan.of(storage / "memory", corpus, tower, recipe.memory, recipe.prediction)
-    if plan.publish_again():
+    if publish_again(plan.memory, plan.id):
         return plan.id
     remedy = f"lower cluster.cpus_per_worker, or raise memory.shards ({plan.shards})"
     refuse_unplaceable("what writes a shard", _needed(plan, table, recipe.cluster.cpus_per_worker), remedy)

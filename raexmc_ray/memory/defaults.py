@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raexmc_ray.files import Folder, sync
-from raexmc_ray.memory.snapshot import (
-    Snapshot,
-    check_file,
-    check_sizes,
-    is_complete,
-    memory_id,
-    open_snapshot,
-    publish,
-    publish_current,
-)
+from raexmc_ray.memory.snapshot import Snapshot, check_file, memory_id, publish, publish_again
 from raexmc_ray.recipe import PredictionSection
 
 
@@ -31,9 +22,7 @@ def with_defaults(memory: Folder, snapshot: Snapshot, corpus_fingerprint: str, d
     """
     manifest = snapshot.manifest
     name = memory_id(corpus_fingerprint, manifest.encoder_fingerprint, manifest.shards, manifest.index, defaults)
-    if is_complete(memory, name):
-        check_sizes(open_snapshot(memory, name))
-        publish_current(memory, name)
+    if publish_again(memory, name):
         return name
     target = memory / "snapshots" / name
     for path, entry in manifest.files.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from raexmc_ray.local import Memory
 
 PUT_ABOVE_BYTES = 100_000
-"""Larger queries are put in shared memory once; smaller ones travel inside each call, and are pickled here once, not by
-Ray for each shard."""
+"""Larger queries are put in shared memory once; smaller ones travel inside each call."""
 
 
 ANYWHERE = ""
@@ -51,8 +49,8 @@ class ShardActor:
         verify = not ray.get_runtime_context().was_current_actor_reconstructed
         self._shard = Shard(open_snapshot(memory, snapshot), shard, verify=verify, gpu=gpu)
 
-    def search(self, question: _Question | bytes) -> Hits:
-        return self._shard.search(*(pickle.loads(question) if isinstance(question, bytes) else question))
+    def search(self, question: _Question) -> Hits:
+        return self._shard.search(*question)
 
     def keys(self, key_ids: np.ndarray) -> pa.Table:
         return self._shard.keys(key_ids)
@@ -117,7 +115,7 @@ class ShardPool:
         def ask(rows: Any, asked: Neighbours) -> list[Hits]:
             question: _Question = (queries_BD[rows], neighbours, lists and lists.of(rows), asked)
             large = question[0].nbytes > PUT_ABOVE_BYTES
-            return self._call("search", ray.put(question) if large else pickle.dumps(question))
+            return self._call("search", ray.put(question) if large else question)
 
         return search_all(ask, neighbours, len(self.actors))
 

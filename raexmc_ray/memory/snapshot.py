@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ ENCODER = "encoder"
 TRAINED = "trained.faiss"
 SEAL = "sha256"
 """In a manifest: over all the rest of it."""
+logger = logging.getLogger("raexmc_ray")
 ALTERED = "{}: its sha256 is not the manifest's: it was altered. Remove it, and run `raexmc build` again"
 
 
@@ -205,6 +207,26 @@ def seal_of(content: dict[str, Any]) -> str:
 def publish_current(memory: Folder, snapshot: str) -> None:
     """Make a complete snapshot the current one."""
     (memory / "CURRENT").write(f"{snapshot}\n".encode())
+
+
+def publish_again(memory: Folder, snapshot: str) -> bool:
+    """Make a snapshot the current one where an earlier run finished it; whether it was there.
+
+    One that is damaged is none: no reader opens it, so it is taken away, to be made anew. Who has its files mapped
+    keeps what is in them. Raises NewerSnapshotError.
+    """
+    if not is_complete(memory, snapshot):
+        return False
+    try:
+        check_sizes(open_snapshot(memory, snapshot))
+    except NewerSnapshotError:
+        raise
+    except SnapshotError as error:
+        logger.warning("%s. It is made anew", error)
+        (memory / "snapshots" / snapshot).remove()
+        return False
+    publish_current(memory, snapshot)
+    return True
 
 
 def is_complete(memory: Folder, snapshot: str) -> bool:

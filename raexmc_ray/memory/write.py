@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,21 +27,15 @@ from raexmc_ray.memory.snapshot import (
     LABELS,
     TRAINED,
     Manifest,
-    NewerSnapshotError,
-    SnapshotError,
-    check_sizes,
-    is_complete,
     memory_id,
-    open_snapshot,
     publish,
-    publish_current,
+    publish_again,
     shard_file,
 )
 from raexmc_ray.recipe import MemorySection, PredictionSection
 
 SEGMENT = "0000"
 SAMPLE_SEED = 0
-logger = logging.getLogger("raexmc_ray")
 
 
 def key_table(corpus: Corpus) -> pa.Table:
@@ -108,25 +101,6 @@ class SnapshotPlan:
     def work(self) -> Folder:
         """What a build that was stopped finds again; it is removed when the snapshot is published."""
         return self.memory / "building" / self.id
-
-    def publish_again(self) -> bool:
-        """Make the snapshot the current one where an earlier run finished it; whether it was there.
-
-        One that is damaged is none: no reader opens it, so it is taken away, to be built anew. Who has its files mapped
-        keeps what is in them. Raises NewerSnapshotError.
-        """
-        if not is_complete(self.memory, self.id):
-            return False
-        try:
-            check_sizes(open_snapshot(self.memory, self.id))
-        except NewerSnapshotError:
-            raise
-        except SnapshotError as error:
-            logger.warning("%s. It is built anew", error)
-            self.folder.remove()
-            return False
-        publish_current(self.memory, self.id)
-        return True
 
 
 def sample_keys(plan: SnapshotPlan, keys: int) -> np.ndarray:
@@ -242,7 +216,7 @@ def build_memory(
     table = key_table(corpus)
     encoder = key_encoder(encoder, table, settings)
     plan = SnapshotPlan.of(Folder.at(memory), corpus, encoder, settings, defaults)
-    if plan.publish_again():  # readers have its files mapped: they are never written again
+    if publish_again(plan.memory, plan.id):  # readers have its files mapped: they are never written again
         return plan.id
     keys_ND = encoder.encode(table["text"].to_pylist())
     trained = train(plan, keys_ND[sample_keys(plan, len(keys_ND))])

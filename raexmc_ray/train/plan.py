@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from raexmc_ray.cluster import living_nodes, may_grow
+from raexmc_ray.cluster import living_nodes, may_grow, room_for
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.objective import BLOCK_CELLS
@@ -91,15 +90,13 @@ def refuse(recipe: Recipe, labelled: int) -> None:
 
 
 def _refuse_nodes(cluster: ClusterSection, nodes: Sequence[Mapping[str, Any]]) -> None:
-    """A worker is on one node: what several nodes have left over is of no use to it. Where nodes may come, it is only
-    said what is waited for."""
+    """Where nodes may come, it is only said what is waited for."""
     each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.gpu else {})
-    have = [{name: node["Resources"].get(name, 0) for name in each} for node in nodes]
-    room = sum(min(math.floor(node[name] / wanted + 1e-9) for name, wanted in each.items()) for node in have)
+    room = room_for(nodes, each)
     if room >= cluster.workers:
         return
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
-    in_all = " and ".join(f"{sum(node[name] for node in have):g} {name}" for name in each)
+    in_all = " and ".join(f"{sum(node['Resources'].get(name, 0) for node in nodes):g} {name}" for name in each)
     without_gpu = ", set cluster.gpu=false" if cluster.gpu else ""
     said = (
         f"training wants {cluster.workers} workers with {wanted} each, and the cluster's nodes, with {in_all} in all, "
