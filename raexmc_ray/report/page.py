@@ -9,6 +9,7 @@ from markupsafe import Markup  # it comes with Jinja
 
 from raexmc_ray.evaluation.result import Measured
 from raexmc_ray.files import Folder
+from raexmc_ray.recipe import METRICS
 from raexmc_ray.report.figures import alternatives, draw_figures
 from raexmc_ray.report.findings import Findings
 
@@ -42,7 +43,7 @@ def render(measured: Measured, findings: Findings, figures: dict[str, dict[str, 
     )
     environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f}"
     environment.globals["picture"] = _Pictures(figures, dict(alternatives(measured.evaluation, findings))).picture
-    metrics = list(next(iter(measured.table.values())))
+    metrics = [name for name in METRICS if name in next(iter(measured.table.values()))]
     return environment.get_template(TEMPLATE).render(
         evaluation=measured.evaluation, findings=findings, metrics=metrics, figures=figures
     )
