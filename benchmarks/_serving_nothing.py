@@ -1,6 +1,7 @@
-"""Our deployments and the calls between them, which do nothing: what Ray Serve itself takes."""
+"""Our deployments and the calls between them, which do nothing: what Ray Serve itself takes, set up as ours is."""
 
 import asyncio
+import os
 import sys
 import threading
 from typing import Any
@@ -10,6 +11,8 @@ from fastapi import FastAPI, Request
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
+
+from raexmc_ray.serve.environment import ENVIRONMENT
 
 api = FastAPI()
 
@@ -39,6 +42,7 @@ class Ingress:
 
 if __name__ == "__main__":
     shards, port = map(int, sys.argv[1:])
+    os.environ |= ENVIRONMENT
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options=HTTPOptions(port=port))
     small = {"num_cpus": 0.1}

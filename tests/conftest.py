@@ -15,7 +15,6 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "raexmc_ray.serve.gate:middlewares"
 
 from raexmc_ray.recipe import Recipe
 
@@ -60,10 +59,16 @@ def tiny_settings(corpus: Path, storage: Path, workers: int = 2) -> dict:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """The dashboard's address of a local cluster with four CPUs."""
+    """The dashboard's address of a local cluster with four CPUs, which serves as that of `raexmc serve` does."""
     import ray
+    import ray.serve  # reads its settings for this process, which are others than the cluster's
 
-    context = ray.init("local", num_cpus=4, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    from raexmc_ray.serve.environment import ENVIRONMENT
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        context = ray.init("local", num_cpus=4, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
 

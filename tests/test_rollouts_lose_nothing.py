@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from conftest import Rounds, free_port
 from helpers import MODEL
 from load import Answers, Load
@@ -20,12 +24,13 @@ from raexmc_ray.memory.build import build
 from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
 from raexmc_ray.recipe import PredictionSection, Recipe
+from raexmc_ray.serve.environment import ENVIRONMENT
 from raexmc_ray.serve.run import APPLICATION, _client, _deployed, _wait, rollback, rollout, serving
 from raexmc_ray.serve.schema import ServeSettings
 from raexmc_ray.train.trainer import trained_encoder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
-TEXTS = 10
+TEXTS, COMMAND = 10, Path(sys.executable).parent / "raexmc"
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +87,12 @@ def test_back_and_forth_under_load(url: str, names: tuple[str, str], tiny_texts:
 def test_rollback_goes_to_the_one_before_and_makes_it_current(
     url: str, memory: Path, names: tuple[str, str], tiny_run: Recipe
 ) -> None:
+    # As on a node of a cluster that serves.
+    environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     with Client(url) as client:
         with pytest.raises(ValueError, match="has not been rolled out"):
             rollback()
-        assert rollout(names[1]) == names
+        subprocess.run([COMMAND, "rollout", names[1]], env=environment, check=True, timeout=120)
         assert rollout(names[1]) == (names[1], names[1]), "who stays goes back to where they came from"
         assert client.memory().snapshot == names[1]
         (memory / "CURRENT").write_text(names[1] + "\n")

@@ -24,7 +24,7 @@ import raexmc_ray
 from raexmc_ray.client import ApiError, AsyncClient, Client, UnreachableError
 from raexmc_ray.label_lookup import LabelLookup
 from raexmc_ray.recipe import Neighbours, Recipe
-from raexmc_ray.serve.schema import PredictReply
+from raexmc_ray.serve.schema import Limits, PredictReply
 
 pytestmark = pytest.mark.ray
 EXPORT_S = 11.0
@@ -318,6 +318,14 @@ def test_a_burst_is_a_few_batches(served: str, tiny_texts: list[str]) -> None:
     after = exported_when(lambda found: found[answered] >= before[answered] + 64)
     for count in counts:
         assert 2 <= after[count] - before[count] <= 20, count
+
+
+def test_a_request_may_be_as_large_as_a_body_may_be(served: str, tiny_texts: list[str]) -> None:
+    """What goes from process to process has no limit of its own below the API's."""
+    limits = Limits()
+    texts = ["é" * limits.characters] * (limits.body_bytes * 9 // 10 // (2 * limits.characters))
+    with Client(served, timeout_s=60) as client:
+        assert len(client.predict(texts, k=1).answers) == len(texts)
 
 
 def test_query_prints_labels(served: str, tiny_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:

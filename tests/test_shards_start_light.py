@@ -1,4 +1,7 @@
-"""A killed shard is back at once: its process answers without torch, SciPy and pandas, a second to import."""
+"""A killed shard is back at once: its process answers without torch, SciPy and pandas, a second to import.
+
+Likewise what Serve's replicas import, but for the encoder: without torch and transformers, several seconds each.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,11 @@ def test_the_first_answer_needs_none_of_them(tmp_path: Path, kind: str) -> None:
         tmp_path, unit_rows(rng, 300, 32), random_relevance(rng, 200, 100), 2, settings=MemorySection(index=kind)
     )
     assert subprocess.run([sys.executable, "-c", ANSWER, str(tmp_path)]).returncode == 0
+
+
+def test_only_the_encoders_replica_needs_torch() -> None:
+    said = "import sys, raexmc_ray.serve.app; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", said]).returncode == 0
 
 
 def test_both_ways_to_rescore_give_the_same_bits() -> None:

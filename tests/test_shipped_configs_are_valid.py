@@ -13,6 +13,7 @@ from conftest import ROOT
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
+from raexmc_ray.serve.environment import ENVIRONMENT
 from raexmc_ray.serve.schema import ServeSettings
 
 
@@ -27,7 +28,11 @@ def test_cluster_yaml() -> None:
 def test_serve_configs(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     if content.get("kind") == "RayService":
-        assert content["spec"]["rayClusterConfig"]["rayVersion"] == ray.__version__
+        cluster = content["spec"]["rayClusterConfig"]
+        assert cluster["rayVersion"] == ray.__version__
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            (container,) = group["template"]["spec"]["containers"]
+            assert ENVIRONMENT.items() <= {one["name"]: one["value"] for one in container["env"]}.items()
         content = yaml.safe_load(content["spec"]["serveConfigV2"])
     config = ServeDeploySchema.model_validate(content)
     (application,) = config.applications

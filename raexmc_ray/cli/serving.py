@@ -28,7 +28,8 @@ def serve(
 ) -> None:
     """Answer over HTTP until Ctrl-C, with a page to try it. On a cluster: `serve deploy serve_configs/cluster.yaml`."""
     from raexmc_ray.cluster import connected
-    from raexmc_ray.serve.gate import CALLBACK, REQUESTS
+    from raexmc_ray.serve.environment import ENVIRONMENT
+    from raexmc_ray.serve.gate import REQUESTS
     from raexmc_ray.serve.run import serving
     from raexmc_ray.serve.schema import ServeSettings
 
@@ -41,7 +42,8 @@ def serve(
             "shard_replicas": shard_replicas,
         }
     )
-    os.environ |= {**CALLBACK, REQUESTS: str(settings.limits.concurrent_requests)}  # a cluster that is started has them
+    # A cluster that is started has them; this process has read Serve's own settings by now.
+    os.environ |= {**ENVIRONMENT, REQUESTS: str(settings.limits.concurrent_requests)}
     with connected(dashboard=True), serving(settings, host=host, port=port) as url:
         console.print(
             f"{url} has the page, {url}/v1 the API, {url}/openapi.json its description; Ctrl-C ends it", soft_wrap=True
@@ -60,6 +62,9 @@ def rollout(
 ) -> None:
     """Move a running application to another snapshot of its memory, while it answers. Needs RAY_ADDRESS."""
     from raexmc_ray.cluster import connected
+    from raexmc_ray.serve.environment import WITHOUT_A_LOOP
+
+    os.environ |= WITHOUT_A_LOOP
     from raexmc_ray.serve.run import rollout
 
     with connected(existing=True):
@@ -70,6 +75,9 @@ def rollout(
 def rollback(application: Application = "raexmc") -> None:
     """Move a running application back to the snapshot before, and make that the memory's current one."""
     from raexmc_ray.cluster import connected
+    from raexmc_ray.serve.environment import WITHOUT_A_LOOP
+
+    os.environ |= WITHOUT_A_LOOP
     from raexmc_ray.serve.run import rollback
 
     with connected(existing=True):

@@ -10,6 +10,7 @@ from raexmc_ray.files import Folder
 from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.serve.deployments import Encoder, MemoryShard
+from raexmc_ray.serve.environment import SLEEP_WHEN_IDLE
 from raexmc_ray.serve.ingress import Ingress
 from raexmc_ray.serve.schema import ServeSettings
 
@@ -41,7 +42,7 @@ def build_app(settings: ServeSettings) -> Application:
         ray_actor_options={
             "num_cpus": settings.encoder_cpus,
             "num_gpus": settings.encoder_gpus,
-            "runtime_env": {"env_vars": {**KEEP_FREED_MEMORY, "OMP_NUM_THREADS": str(threads)}},
+            "runtime_env": {"env_vars": {**KEEP_FREED_MEMORY, **SLEEP_WHEN_IDLE, "OMP_NUM_THREADS": str(threads)}},
         },
         **encoders,
         **common,
@@ -53,7 +54,11 @@ def build_app(settings: ServeSettings) -> Application:
         MemoryShard.options(  # type: ignore[attr-defined]  # serve.deployment's
             name=f"MemoryShard-{shard}",
             num_replicas=settings.shard_replicas,
-            ray_actor_options={"num_cpus": settings.shard_cpus, "memory": shard_memory},
+            ray_actor_options={
+                "num_cpus": settings.shard_cpus,
+                "memory": shard_memory,
+                "runtime_env": {"env_vars": SLEEP_WHEN_IDLE},
+            },
             **common,
         ).bind(memory, shard, max(1, int(settings.shard_cpus)))
         for shard in range(manifest.shards)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from ray import serve
 
-from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.hits import Hits
 from raexmc_ray.memory.index import Lists, use_threads
@@ -23,6 +22,9 @@ from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.recipe import Neighbours
 from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.held import Held
+
+if TYPE_CHECKING:
+    from raexmc_ray.encoder import TextEncoder
 
 MAX_ONGOING = 1024
 """Calls that Serve hands to a replica at a time. The ingress bounds what comes in; nothing queues before that."""
@@ -34,6 +36,9 @@ class Encoder:
 
     def __init__(self, memory: Folder, threads: int, batch_texts: int) -> None:
         def open_(snapshot: str) -> TextEncoder:
+            # Not above: a shard's replica imports this module, and would start later by torch and transformers.
+            from raexmc_ray.encoder import use_hardware
+
             return use_hardware(open_snapshot(memory, snapshot).encoder(), threads)
 
         self._encoders = Held(open_)

@@ -1,13 +1,10 @@
 """What stands in Serve's HTTP proxy: beyond so many requests at a time, the next one is refused before it costs much.
 
 A proxy would otherwise hand over or queue whatever comes; refusing behind it costs as much as half an answer, and its
-own queue is in no order. Serve takes middleware from a function that an environment variable of the cluster names:
-
-    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=raexmc_ray.serve.gate:middlewares
-    RAEXMC_REQUESTS_AT_A_TIME=128        # at each proxy
-
-`raexmc serve` sets both. Where they are not set, Serve's own limits hold (`build_app`). What is refused is in the
-proxy's log, and in `ray_raexmc_requests_total`, there with no application's name.
+own queue is in no order. Serve takes middleware from a function that an environment variable of the cluster names
+(environment.py); RAEXMC_REQUESTS_AT_A_TIME says how many, 128 where it is not set. Without the gate, Serve's own limits
+hold (`build_app`). What is refused is in the proxy's log, and in `ray_raexmc_requests_total`, there with no
+application's name.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ from raexmc_ray.serve.metrics import request_counter
 from raexmc_ray.serve.schema import Limits
 
 REQUESTS = "RAEXMC_REQUESTS_AT_A_TIME"
-CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raexmc_ray.serve.gate:middlewares"}
 
 
 class Gate:
