@@ -6,13 +6,15 @@ import sys
 import threading
 from typing import Any
 
+from raexmc_ray.serve.environment import ENVIRONMENT
+
+os.environ |= ENVIRONMENT  # before Serve is imported: handles made here travel to the replicas with its settings
+
 import ray
 from fastapi import FastAPI, Request
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
-
-from raexmc_ray.serve.environment import ENVIRONMENT
 
 api = FastAPI()
 
@@ -42,7 +44,6 @@ class Ingress:
 
 if __name__ == "__main__":
     shards, port = map(int, sys.argv[1:])
-    os.environ |= ENVIRONMENT
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options=HTTPOptions(port=port))
     small = {"num_cpus": 0.1}

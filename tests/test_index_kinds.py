@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from raexmc_ray.embed import BLOCK_UNITS, UNIT_KEYS
 from raexmc_ray.memory.hits import Hits
-from raexmc_ray.memory.index import IndexSpec, build_index, train_index
+from raexmc_ray.memory.index import IndexSpec, ShardIndex, build_index, train_index
 from raexmc_ray.memory.plan import BLOCK_KEYS, SHARD_LIMIT, MemoryPlan, build_bytes, plan_memory, shard_bytes
 from raexmc_ray.memory.shard import LocalShards
 from raexmc_ray.recipe import INDEX_KINDS, MemorySection, Neighbours
@@ -219,3 +220,18 @@ def test_a_kind_that_is_not_there_is_refused_with_the_remedy() -> None:
 def test_sizes_follow_from_the_number_of_keys(keys: int, lists: int, probes: int) -> None:
     spec = IndexSpec.of(MemorySection(index="ivf-pq"), keys, 768)
     assert (spec.lists, spec.probes, spec.subvectors) == (lists, probes, 96)
+
+
+def test_rescoring_copies_the_candidates_only(tmp_path: Path) -> None:
+    """In a file FAISS's keys begin anywhere; of numbers that are not aligned, NumPy's `take` copies all before it takes
+    some."""
+    rng, keys = np.random.default_rng(0), 20_000
+    keys_ND, query = unit_rows(rng, keys, 64), unit_rows(rng, 1, 64)
+    spec = IndexSpec(kind="flat", dimension=64)
+    build_index(tmp_path, train_index(spec, keys_ND), spec, keys, lambda: [keys_ND])
+    index = ShardIndex(tmp_path, spec, 1)
+    tracemalloc.start()
+    index.search(query, 10, 0, keys)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < keys_ND.nbytes / 10
