@@ -8,7 +8,7 @@ from typing import Any
 
 from raexmc_ray.serve.environment import ENVIRONMENT
 
-os.environ |= ENVIRONMENT  # before Serve is imported: handles made here travel to the replicas with its settings
+os.environ.update(ENVIRONMENT)  # before Serve is imported: handles made here travel to the replicas with its settings
 
 import ray
 from fastapi import FastAPI, Request

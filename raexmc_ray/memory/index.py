@@ -392,8 +392,8 @@ class ShardIndex:
     def _take(self, positions_Bw: np.ndarray) -> np.ndarray:
         """Copies [B, w, d] of the keys at these positions. (−1 is sorted out later.)"""
         assert self._keys_ND is not None
-        # As bytes: in FAISS's file the keys are not aligned, and NumPy would copy all of them before it takes some. With
-        # "clip", `take` copies whole rows, four times as fast as an index does.
+        # As bytes: in FAISS's file the keys are not aligned, and NumPy would copy all of them before it takes some.
+        # With "clip", `take` copies whole rows, four times as fast as an index does.
         rows_N = self._keys_ND.view(f"V{self._keys_ND.strides[0]}")[:, 0]
         taken_Bw = np.take(rows_N, positions_Bw, mode="clip")
         return taken_Bw.view(self._keys_ND.dtype).reshape(*positions_Bw.shape, self.spec.dimension)
