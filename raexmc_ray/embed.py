@@ -3,6 +3,9 @@
 Keys are cut into units of consecutive ids. An encoder actor embeds a unit and writes it to a file of its own in
 one atomic step; a run that was stopped computes only the units that are missing. A unit's file has one record
 batch a shard, so that a shard reads its own rows only.
+
+The encoder's module is imported where it is needed: tasks that build shards import this one, and torch and transformers
+take several seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +27,14 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from raexmc_ray.cluster import KEEP_FREED_MEMORY, refuse_unplaceable
-from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder, Scratch
 from raexmc_ray.inputs.rows import Columns
 from raexmc_ray.inputs.units import read_texts
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import ClusterSection, EncoderSection
+
+if TYPE_CHECKING:
+    from raexmc_ray.encoder import TextEncoder
 
 UNIT_KEYS = 4096
 """Keys in a unit."""
@@ -209,6 +214,8 @@ class _UnitEncoder:
     """An actor that embeds units."""
 
     def __init__(self, encoder: Folder, embeddings: Embeddings, batch_size: int, threads: int) -> None:
+        from raexmc_ray.encoder import use_hardware
+
         self._encoder = use_hardware(load_encoder(encoder), threads)
         self._embeddings, self._batch_size = embeddings, batch_size
 
@@ -252,6 +259,8 @@ def _name(unit: pa.Table, row: int) -> str:
 
 def stage_encoder(storage: Folder, model: str, section: EncoderSection) -> Folder:
     """Put any encoder (folder, hub name, `package:NAME`), cut as the section says, where every node sees it."""
+    from raexmc_ray.encoder import TextEncoder
+
     return stage(storage, TextEncoder.load(model, layers=section.layers, max_tokens=section.max_tokens))
 
 
@@ -267,6 +276,8 @@ def stage(storage: Folder, encoder: TextEncoder) -> Folder:
 
 def load_encoder(folder: Folder) -> TextEncoder:
     """The encoder that was saved at a folder, local or remote."""
+    from raexmc_ray.encoder import TextEncoder
+
     with Scratch() as scratch:
         return TextEncoder.load(str(folder.local(scratch)))
 

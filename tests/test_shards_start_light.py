@@ -1,6 +1,7 @@
 """A killed shard is back at once: its process answers without torch, SciPy and pandas, a second to import.
 
-Likewise what Serve's replicas import, but for the encoder: without torch and transformers, several seconds each.
+Likewise Serve's replicas but for the encoder, the tasks that build shards, and the driver of scoring: without torch and
+transformers, several seconds each.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def test_the_first_answer_needs_none_of_them(tmp_path: Path, kind: str) -> None:
     assert subprocess.run([sys.executable, "-c", ANSWER, str(tmp_path)]).returncode == 0
 
 
-def test_only_the_encoders_replica_needs_torch() -> None:
-    said = "import sys, raexmc_ray.serve.app; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["serve.app", "memory.build", "score.run"])
+def test_only_who_encodes_needs_torch(module: str) -> None:
+    said = f"import sys, raexmc_ray.{module}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", said]).returncode == 0
 
 

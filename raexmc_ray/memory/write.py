@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import faiss
 import numpy as np
@@ -17,7 +18,6 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from raexmc_ray.corpus import Corpus
-from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import FileEntry, Folder, describe_file
 from raexmc_ray.lexical import Lexical
 from raexmc_ray.memory.index import INDEX, VECTORS, IndexSpec, build_index, train_index
@@ -33,6 +33,9 @@ from raexmc_ray.memory.snapshot import (
     shard_file,
 )
 from raexmc_ray.recipe import MemorySection, PredictionSection
+
+if TYPE_CHECKING:
+    from raexmc_ray.encoder import TextEncoder
 
 SEGMENT = "0000"
 SAMPLE_SEED = 0

@@ -24,7 +24,6 @@ import ray
 
 from raexmc_ray.cluster import living_nodes
 from raexmc_ray.embed import map_units
-from raexmc_ray.encoder import use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import InputFile, find_inputs
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows
@@ -167,6 +166,8 @@ class _UnitScorer:
     """An actor that reads units, encodes them, asks the shard actors, and writes what comes of it."""
 
     def __init__(self, task: _Task, pool: ShardPool, labels: Any) -> None:
+        from raexmc_ray.encoder import use_hardware  # the driver does without torch
+
         self._encoder = use_hardware(open_snapshot(task.memory, task.job.snapshot).encoder(), task.threads)
         self._encoding = threading.Lock()
         self._task, self._pool, self._labels = task, pool, ray.get(labels)
