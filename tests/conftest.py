@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import socket
 import sys
 from collections.abc import Iterator
@@ -101,10 +102,16 @@ def small_memory(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 that nobody listens on: of those that neither the system nor Ray gives away by itself, so that
+    it is free still when a server takes it, seconds later."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no port from 20,000 to 32,000 is free")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 from raexmc_ray.recipe import Recipe
 
@@ -24,9 +23,7 @@ pytestmark = pytest.mark.ray
 def config(tiny_run: Recipe) -> dict:
     """The shipped local config, for the tiny memory and a free port."""
     content = yaml.safe_load((ROOT / "serve_configs/local.yaml").read_text())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        content["http_options"]["port"] = probe.getsockname()[1]
+    content["http_options"]["port"] = free_port()
     content["applications"][0]["args"] = {"memory": f"{tiny_run.cluster.storage}/memory"}
     return content
 
