@@ -102,8 +102,8 @@ def small_memory(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on: of those that neither the system nor Ray gives away by itself, so that
-    it is free still when a server takes it, seconds later."""
+    """A port of 127.0.0.1 that nobody listens on: of those that neither the system nor Ray gives away by itself, so
+    that it is free still when a server takes it, seconds later."""
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as probe:
             try:
