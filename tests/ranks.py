@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import free_port
 
 
 def run_ranks(function: Callable[..., dict[str, Any]], ranks: int, folder: Path, *arguments: Any) -> list[dict]:
     """What `function(rank, ranks, *arguments)` returned on each rank: tensors by name, or nested so."""
     if ranks == 1:
         return [function(0, 1, *arguments)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (ranks, port, folder, function, arguments), nprocs=ranks)
+    mp.spawn(_rank, (ranks, free_port(), folder, function, arguments), nprocs=ranks)
     return [torch.load(folder / f"{ranks}-{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
