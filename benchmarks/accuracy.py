@@ -32,21 +32,23 @@ NEIGHBOURS = "training.mining.batches=neighbours"
 MINED = "training.mining.labels=1"
 VOTING = "training.objective.shared=voting"
 LEXICAL = ["memory.lexical.weight=0.4", "memory.lexical.dimension=1024"]
-CHOOSING = ("neighbour batches, voting, lexical part", [NEIGHBOURS, VOTING, *LEXICAL])
+SIX_LAYERS = ["encoder.layers=6", "training.epochs=3", "training.learning_rate=2.0e-4", VOTING]
+CHOOSING = ("voting instances, lexical part", [VOTING, *LEXICAL])
 """The small step that chooses λ and τ for the final runs."""
 SMALL_STEPS: dict[str, list[str]] = {
     CHOOSING[0]: CHOOSING[1],
+    "voting instances": [VOTING],
     "random batches of 256": [],
-    "random batches of 256, lexical part": LEXICAL,
-    "the same two, another seed": ["training.seed=1"],
-    "and with the lexical part": ["training.seed=1", *LEXICAL],
-    "neighbour batches, voting": [NEIGHBOURS, VOTING],
-    "three positives an instance": ["training.positives_per_instance=3"],
-    "neighbour batches, mined labels": [NEIGHBOURS, MINED],
-    "batches of 512": ["training.batch_size=512"],
+    "random batches, lexical part": LEXICAL,
     "neighbour batches": [NEIGHBOURS],
     "mined labels": [MINED],
-    "voting instances": [VOTING],
+    "neighbour batches, mined labels": [NEIGHBOURS, MINED],
+    "neighbour batches, voting": [NEIGHBOURS, VOTING],
+    "batches of 512": ["training.batch_size=512"],
+    "three positives an instance": ["training.positives_per_instance=3"],
+    "6 layers, 3 epochs, voting": SIX_LAYERS,
+    "the same, lexical part": [*SIX_LAYERS, *LEXICAL],
+    "random batches of 256, another seed": ["training.seed=1"],
 }
 """On `debian-related`."""
 BEST = {
