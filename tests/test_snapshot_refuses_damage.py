@@ -173,6 +173,19 @@ def test_building_again_mends_a_damaged_snapshot(
     assert raexmc_ray.open(memory).predict(["a text"], evidence=3) == expected
 
 
+def test_building_again_never_writes_into_files_that_a_reader_has_mapped(
+    memory: Path, corpus: Corpus, encoder: TextEncoder
+) -> None:
+    opened = raexmc_ray.open(memory)
+    files = [snapshot(memory) / SHARD / name for name in ("index.faiss", "keys.arrow")]
+    before = [path.stat().st_ino for path in files]
+    (snapshot(memory) / "manifest.json").unlink()
+    assert raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2)) == opened.manifest.id
+    assert not set(before) & {path.stat().st_ino for path in files}
+    mapped = Path("/proc/self/maps").read_text()
+    assert all(f"{path} (deleted)" in mapped for path in files)
+
+
 def test_building_again_leaves_a_newer_snapshot_alone(memory: Path, corpus: Corpus, encoder: TextEncoder) -> None:
     edit(memory, format_version=99)
     with pytest.raises(SnapshotError, match="version 99"):

@@ -133,8 +133,9 @@ def write_shard(
     table: from `key_table`, the keys with id ≡ shard (mod shards), in id order. blocks: gives their embeddings in
     the same order, as `build_index` takes them.
     """
-    name = f"segments/{SEGMENT}/shard-{shard:04d}"
-    with (plan.folder / name).filling() as local:
+    folder = plan.folder / f"segments/{SEGMENT}/shard-{shard:04d}"
+    folder.remove()  # of a snapshot that lost its manifest: who has these files mapped keeps what is in them
+    with folder.filling() as local:
         index = faiss.deserialize_index(np.frombuffer(trained, np.uint8))
         build_index(local, index, plan.index, len(table), blocks)
         (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
