@@ -79,14 +79,23 @@ def test_what_no_node_has_room_for_is_refused_at_once(
     assert not list(tmp_path.rglob("unit-*"))
 
 
-def test_a_shard_that_is_too_large_to_build_is_refused_before_anything_is_embedded(
-    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("estimate", "says"),
+    [
+        ("build_bytes", r"what writes a shard wants .*raise memory\.shards \(4\)"),
+        ("training_bytes", r"what trains the index wants .*memory\.lists \(\d+\)"),
+    ],
+)
+def test_what_no_node_has_the_memory_to_build_is_refused_before_anything_is_embedded(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimate: str, says: str
 ) -> None:
-    monkeypatch.setattr("raexmc_ray.memory.build.build_bytes", lambda *_, **__: 1 << 50)
+    monkeypatch.setattr(f"raexmc_ray.memory.build.{estimate}", lambda *_, **__: 1 << 50)
     corpus = write_tiny_corpus(tmp_path / "corpus")
-    recipe = Recipe.parse({"corpus": {"path": str(corpus)}, "cluster": {"storage": str(tmp_path / "run")}})
-    with pytest.raises(ValueError, match=r"1 CPU and 1048576\.0 GiB of memory on one node.*raise memory\.shards \(4\)"):
+    sections = {"memory": {"index": "ivf-fp16"}, "cluster": {"storage": str(tmp_path / "run")}}
+    recipe = Recipe.parse({"corpus": {"path": str(corpus)}, **sections})
+    with pytest.raises(ValueError, match=says) as refused:
         build(recipe, read_corpus(corpus), stage(Folder.at(tmp_path), tiny_encoder()))
+    assert "1 CPU and 1048576.0 GiB of memory on one node" in str(refused.value)
     assert not list(tmp_path.rglob("unit-*"))
 
 

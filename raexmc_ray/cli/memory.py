@@ -87,6 +87,7 @@ def plan(
         ),
         ("disk", f"{say_bytes(planned.shard_disk)} a shard, {say_bytes(planned.shards * planned.shard_disk)} in all"),
         ("beside it", f"{say_bytes(planned.embeddings_disk)} of embeddings, which may go once it is built"),
+        ("training", f"{say_bytes(planned.training_memory)} of memory, once, before any shard is built"),
         ("building", f"{say_bytes(planned.build_memory)} of memory for each shard that is built at a time"),
         ("to embed", f"{planned.embed_hours:.2f} hours at {texts_per_second:,.0f} texts/s a machine"),
         ("to build", unknown if planned.build_hours is None else f"{planned.build_hours:.2f} hours"),

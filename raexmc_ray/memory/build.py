@@ -13,7 +13,7 @@ from raexmc_ray.corpus import Corpus
 from raexmc_ray.embed import Embeddings, embed_keys, load_encoder, stage
 from raexmc_ray.files import FileEntry, Folder
 from raexmc_ray.memory.index import use_threads
-from raexmc_ray.memory.plan import build_bytes
+from raexmc_ray.memory.plan import build_bytes, training_bytes
 from raexmc_ray.memory.snapshot import publish_again
 from raexmc_ray.memory.write import (
     SnapshotPlan,
@@ -43,14 +43,18 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
     plan = SnapshotPlan.of(storage / "memory", corpus, tower, recipe.memory, recipe.prediction)
     if publish_again(plan.memory, plan.id):
         return plan.id
+    cpus = recipe.cluster.cpus_per_worker
     remedy = f"lower cluster.cpus_per_worker, or raise memory.shards ({plan.shards})"
-    refuse_unplaceable("what writes a shard", _needed(plan, table, recipe.cluster.cpus_per_worker), remedy)
+    refuse_unplaceable("what writes a shard", _for_writing(plan, table, cpus), remedy)
+    if plan.index.lists:
+        remedy = f"lower cluster.cpus_per_worker, or memory.lists ({plan.index.lists})"
+        refuse_unplaceable("what trains the index", _for_training(plan, cpus), remedy)
     dtype = np.dtype(np.float32 if plan.index.stores_float32 else np.float16)
     name = f"{tower.fingerprint[:16]}-{corpus.fingerprint[:16]}-{plan.shards}-{dtype.name}"
     embeddings = Embeddings(storage / "embeddings" / name, len(table), plan.shards, dtype.name)
     staged = stage(storage, tower) if tower.lexical else encoder
     embed_keys(table, staged, embeddings, recipe.encoder, recipe.cluster)
-    trained, shards = write_shards(plan, table, embeddings, recipe.cluster.cpus_per_worker)
+    trained, shards = write_shards(plan, table, embeddings, cpus)
     finish_snapshot(plan, corpus, tower, trained, shards, recipe.prediction, recipe.record())
     return plan.id
 
@@ -65,12 +69,13 @@ def write_shards(
     threads = max(1, int(cpus))
     trained = trained_before(plan)
     if trained is None:
-        trained = ray.get(_train.options(num_cpus=cpus).remote(plan, embeddings, threads))
+        memory = _for_training(plan, cpus)["memory"]
+        trained = ray.get(_train.options(num_cpus=cpus, memory=memory).remote(plan, embeddings, threads))
     done = shards_before(plan)
     missing = [shard for shard in range(plan.shards) if shard not in done]
     if missing:
         keys, shared = ray.put(table), ray.put(trained)
-        write = _write_shard.options(num_cpus=cpus, memory=_needed(plan, table, cpus)["memory"])
+        write = _write_shard.options(num_cpus=cpus, memory=_for_writing(plan, table, cpus)["memory"])
         pending = {write.remote(plan, shard, shared, embeddings, keys, threads): shard for shard in missing}
         with Progress("build", plan.shards, "shards", done=len(done)) as progress:
             while pending:
@@ -80,8 +85,13 @@ def write_shards(
     return trained, done.values()
 
 
-def _needed(plan: SnapshotPlan, table: pa.Table, cpus: float) -> dict[str, float]:
-    """What the writing of a shard reserves, in Ray's words: it sees none of FAISS's memory, and must be told."""
+def _for_training(plan: SnapshotPlan, cpus: float) -> dict[str, float]:
+    """What the training reserves, in Ray's words: it sees none of FAISS's memory, and must be told."""
+    return {"CPU": cpus, "memory": training_bytes(plan.index)}
+
+
+def _for_writing(plan: SnapshotPlan, table: pa.Table, cpus: float) -> dict[str, float]:
+    """What the writing of a shard reserves."""
     rows = -(-len(table) // plan.shards)
     return {"CPU": cpus, "memory": build_bytes(plan.index, rows, plan.shards, table.nbytes // plan.shards)}
 

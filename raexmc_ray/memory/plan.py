@@ -23,6 +23,8 @@ BLOCK_KEYS = 1 << 16
 """Keys, of all shards together, whose embeddings reach the indexes at a time: those of embed.py's BLOCK_UNITS."""
 BLOCK_BYTES = 8
 """Of a number in such a block: as it is read, as it is joined, and in float32."""
+SAMPLE_BYTES = 12
+"""Of a number of the sample that an index is trained on: as it is read, as it is put in order, and in float32."""
 CORE_FLOPS = 60e9
 """Float32 operations a second of one core in a matrix product: assumed, of the right order for a server's core."""
 WRITE_RATE = 300e6
@@ -72,6 +74,11 @@ def build_bytes(spec: IndexSpec, keys: int, shards: int, table: int) -> int:
     return PROCESS_BYTES + growth * index_bytes(spec, keys) + vectors_bytes(spec, keys) + block + 2 * table
 
 
+def training_bytes(spec: IndexSpec) -> int:
+    """Bytes of the process that trains what all shards share, at its peak: FAISS adds nothing to speak of."""
+    return PROCESS_BYTES + SAMPLE_BYTES * spec.dimension * spec.sample
+
+
 class MemoryPlan(BaseModel):
     """What a memory takes: bytes, shards and hours, before anything is built."""
 
@@ -87,6 +94,8 @@ class MemoryPlan(BaseModel):
     """Bytes of the embeddings that a build leaves beside the memory, all shards together."""
     build_memory: int
     """Bytes that building one shard takes."""
+    training_memory: int
+    """Bytes that training the index takes, on one machine, before any shard is built."""
     embed_hours: float
     build_hours: float | None
     """None where there is no estimate: of hnsw and factory strings."""
@@ -139,6 +148,7 @@ def plan_memory(
         shard_disk=memory + int(beside / shards),
         embeddings_disk=keys * dimension * (4 if index.stores_float32 else 2),
         build_memory=build_bytes(index, rows, shards, int(beside / shards)),
+        training_memory=training_bytes(index),
         embed_hours=keys / texts_per_second / machines / 3600,
         build_hours=seconds / 3600 if is_known else None,
     )
