@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,13 +124,13 @@ def test_what_is_not_whole_does_not_count_among_the_newest(damage: str, trained:
 
 def test_training_does_not_wait_for_it(trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    upload = Folder.upload
+    save = TextEncoder.save
 
-    def slow_upload(folder: Folder, local: Path) -> None:
+    def slow_save(*arguments: Any) -> None:
         assert gate.wait(60)
-        upload(folder, local)
+        save(*arguments)
 
-    monkeypatch.setattr(Folder, "upload", slow_upload)
+    monkeypatch.setattr(TextEncoder, "save", slow_save)
     checkpoints = Checkpoints(Folder.at(tmp_path), keep=2)
     checkpoints.write(1, *trained, {"step": 1}, -1)
     assert checkpoints.latest() is None, "the call is back before the checkpoint is there"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder, describe_file
+from raexmc_ray.files import Folder, Scratch, describe_file
 
 ENCODER, OPTIMIZER, STATE, SEAL = "encoder", "optimizer.safetensors", "state.json", "checkpoint.json"
 logger = logging.getLogger("raexmc_ray")
@@ -45,8 +44,8 @@ class Checkpoint:
 
     def restore(self, encoder: TextEncoder, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Give an encoder of the same shape, and its optimiser, the weights that they had."""
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = self.folder.local(Path(scratch))
+        with Scratch() as scratch:
+            folder = self.folder.local(scratch)
             saved = TextEncoder.load(str(folder / ENCODER))
             encoder.load_state_dict(saved.state_dict())
             if optimizer is not None:
@@ -127,11 +126,10 @@ class Checkpoints:
         folder = self.at(step)
         if (folder / SEAL).size() is not None:  # of an earlier life of this run: about to be replaced by its equal
             folder.filesystem.delete_file((folder / SEAL).path)
-        with tempfile.TemporaryDirectory(prefix="raexmc-checkpoint-") as scratch:
-            local = Path(scratch)
+        folder.remove()
+        with folder.filling() as local:
             save(local)
             files = {str(p.relative_to(local)): describe_file(p) for p in sorted(local.rglob("*")) if p.is_file()}
-            folder.upload(local)
         seal = {"format_version": 1, "files": {name: entry.model_dump() for name, entry in files.items()}}
         (folder / SEAL).write(json.dumps(seal, indent=2).encode())
         self._drop_old(step, best)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import signal
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder, describe_file
+from raexmc_ray.files import Folder, Scratch, describe_file
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
@@ -207,8 +206,8 @@ def _same_interrupt() -> Iterator[None]:
 
 
 def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe, corpus: Corpus) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        local = best.encoder.local(Path(scratch))
+    with Scratch() as scratch:
+        local = best.encoder.local(scratch)
         fingerprint = TextEncoder.load(str(local)).fingerprint
         target.upload(local)
     details = {
