@@ -80,18 +80,19 @@ def test_what_no_node_has_room_for_is_refused_at_once(
 
 
 @pytest.mark.parametrize(
-    ("estimate", "says"),
+    ("estimate", "index", "says"),
     [
-        ("build_bytes", r"what writes a shard wants .*raise memory\.shards \(4\)"),
-        ("training_bytes", r"what trains the index wants .*memory\.lists \(\d+\)"),
+        ("build_bytes", "ivf-fp16", r"what writes a shard wants .*raise memory\.shards \(4\)"),
+        ("training_bytes", "ivf-fp16", r"what trains the index wants .*memory\.lists \(\d+\)"),
+        ("training_bytes", "flat-sq8", r"what trains the index wants .*cpus_per_worker, or add such a node"),
     ],
 )
 def test_what_no_node_has_the_memory_to_build_is_refused_before_anything_is_embedded(
-    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimate: str, says: str
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimate: str, index: str, says: str
 ) -> None:
     monkeypatch.setattr(f"raexmc_ray.memory.build.{estimate}", lambda *_, **__: 1 << 50)
     corpus = write_tiny_corpus(tmp_path / "corpus")
-    sections = {"memory": {"index": "ivf-fp16"}, "cluster": {"storage": str(tmp_path / "run")}}
+    sections = {"memory": {"index": index}, "cluster": {"storage": str(tmp_path / "run")}}
     recipe = Recipe.parse({"corpus": {"path": str(corpus)}, **sections})
     with pytest.raises(ValueError, match=says) as refused:
         build(recipe, read_corpus(corpus), stage(Folder.at(tmp_path), tiny_encoder()))
