@@ -216,7 +216,7 @@ class _UnitEncoder:
     def __init__(self, encoder: Folder, embeddings: Embeddings, batch_size: int, threads: int) -> None:
         from raexmc_ray.encoder import use_hardware
 
-        self._encoder = use_hardware(load_encoder(encoder), threads)
+        self._encoder = use_hardware(load_encoder(encoder), threads, keys=True)
         self._embeddings, self._batch_size = embeddings, batch_size
 
     def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:

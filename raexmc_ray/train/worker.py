@@ -61,13 +61,13 @@ def make_encoder(recipe: Recipe, device: torch.device) -> TextEncoder:
     settings = recipe.training
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
     encoder.lexical = None  # of another memory, where the model is one's encoder
-    encoder.compute_dtype = {
+    dtypes = {
         "auto": torch.bfloat16 if bfloat16_is_native(device) else torch.float32,
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
-    }[settings.precision]
+    }
+    encoder.place(device, dtypes[settings.precision])
     encoder.set_dropout(settings.dropout)
-    encoder.to(device)
     if settings.compile:
         encoder.compile_tower()
     return encoder
