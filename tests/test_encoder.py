@@ -69,6 +69,17 @@ def test_an_embedding_does_not_depend_on_its_batch(order: list[int], batch_size:
     assert np.abs(together - alone[order]).max() < 1e-5
 
 
+def test_an_encoder_in_bfloat16_is_the_same_one(tmp_path: Path) -> None:
+    encoder, reduced = (TextEncoder.load(MODEL, layers=2) for _ in range(2))
+    reduced.place(torch.device("cpu"), torch.bfloat16)
+    expected_ND, found_ND = encoder.encode(TEXTS), reduced.encode(TEXTS)
+    assert (expected_ND * found_ND).sum(1).min() > 0.999
+    assert not np.array_equal(expected_ND, found_ND), "computed in bfloat16"
+    assert reduced.fingerprint == encoder.fingerprint
+    reduced.save(tmp_path)
+    assert np.array_equal(TextEncoder.load(str(tmp_path)).encode(TEXTS), expected_ND), "weights are float32"
+
+
 def test_texts_are_cut_to_max_tokens() -> None:
     encoder = tiny_encoder()
     tokens = encoder.tokenize(TEXTS)
