@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -23,11 +24,11 @@ def write_result(name: str, figures: dict[str, Any], targets: list[dict[str, Any
     result = {
         "name": name,
         # A soak runs in pytest, whose own path on this machine says nothing.
-        "command": "make soak" if "pytest" in sys.argv[0] else " ".join(["python", *sys.argv]),
+        "command": "make soak" if "pytest" in sys.argv[0] else shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno", "--", *CODE) else ""),
+        "commit": commit(),
         "figures": figures,
         "targets": targets,
     }
@@ -53,6 +54,11 @@ def print_targets(figures: dict[str, Any], targets: list[dict[str, Any]]) -> Non
     for target in targets:
         verdict = "holds" if target["holds"] else "FALLS SHORT"
         print(f"{verdict:>12}  {target['what']}: {target['figure']} {target['target']}")
+
+
+def commit() -> str:
+    """The commit that is checked out; "-dirty" where the code differs from it."""
+    return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno", "--", *CODE) else "")
 
 
 def _machine() -> dict[str, Any]:
