@@ -98,6 +98,8 @@ def trained(recipe: Recipe, corpus: Any) -> tuple[TextEncoder, float]:
 
 def main(names: Sequence[str]) -> None:
     """names: the corpora and small steps to measure, all where there are none; the others stay as they were written."""
+    if unknown := sorted(set(names) - {*BEST, *SMALL_STEPS}):
+        raise SystemExit(f"{unknown} are none of {[*BEST, *SMALL_STEPS]}")
     figures = json.loads(RESULT.read_text())["figures"] if names else {"ladder, held-out rows": {}}
     figures["small runs"] = SMALL
     ladder = figures["ladder, held-out rows"]
