@@ -25,6 +25,7 @@ from torch import nn
 
 from raexmc_ray.lexical import Lexical
 from raexmc_ray.ragged import ragged_take
+from raexmc_ray.recipe import Precision
 
 SETTINGS_FILE, LEXICAL_FILE = "encoder.json", "lexical.safetensors"
 FORMAT_VERSION = 1
@@ -192,6 +193,16 @@ class TextEncoder(nn.Module):
             self.model.set_attn_implementation("eager")  # type: ignore[operator]  # transformers'
         return self
 
+    def round_weights(self) -> None:
+        """Round the weights of matrix products to bfloat16 once, as a forward pass in it does at every call.
+
+        The embeddings are the same, from half the bytes. It can no longer be trained, nor saved.
+        """
+        _ = self.fingerprint  # of the weights as they are
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16).requires_grad_(False)
+
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of `texts`, cut to `max_tokens`, in parallel over the CPUs."""
         return tokenize(self._backend, texts)
@@ -306,17 +317,25 @@ def bfloat16_is_native(device: torch.device) -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def use_hardware(encoder: TextEncoder, threads: int, *, keys: bool = False) -> TextEncoder:
-    """`encoder` on this process's GPU where it owns one, in bfloat16 where it has that; else with so many CPU threads.
+def use_hardware(
+    encoder: TextEncoder, threads: int, precision: Precision = "auto", *, keys: bool = False
+) -> TextEncoder:
+    """`encoder` on this process's GPU where it owns one, else with so many CPU threads: from now on it only encodes.
 
-    keys: it makes keys, by the million, so a CPU computes in bfloat16 too where it can. Queries it computes in float32:
-    their answers are the same whatever batch they ride in.
+    precision: `auto` is bfloat16 where the hardware has it; but a CPU computes queries in float32, so that their
+    answers are the same whatever batch they ride in. keys: it makes keys, by the million.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, threads))
-    reduced = bfloat16_is_native(device) and (keys or device.type == "cuda")
-    return encoder.place(device, torch.bfloat16 if reduced else torch.float32)
+    if precision == "auto":
+        reduced = bfloat16_is_native(device) and (keys or device.type == "cuda")
+    else:
+        reduced = precision == "bfloat16"
+    encoder.place(device, torch.bfloat16 if reduced else torch.float32)
+    if reduced:
+        encoder.round_weights()
+    return encoder
 
 
 def _positions(tower: nn.Module) -> int | None:

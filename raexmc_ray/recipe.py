@@ -26,6 +26,9 @@ MOST_NEIGHBOURS = 16384
 CREDENTIALS = re.compile(r"(?<=://)[^/?#]*@")
 """In a URL: what stands before the host."""
 
+Precision = Literal["auto", "float32", "bfloat16"]
+"""In which an encoder computes."""
+
 INDEX_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16", "ivf-pq", "hnsw")
 
 
@@ -142,7 +145,7 @@ class TrainingSection(Section):
     """Labels drawn for each instance (P), without replacement; all of them where it has fewer."""
     objective: ObjectiveSection = ObjectiveSection()
     """What is contrasted with what."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """Of the forward and backward pass; `auto` is bfloat16 where the hardware computes it natively."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Of every dropout layer; what the model brings where it is left out."""

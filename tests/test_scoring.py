@@ -16,17 +16,26 @@ import pytest
 import raexmc_ray
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import units
-from raexmc_ray.recipe import ClusterSection, PredictionSection
+from raexmc_ray.recipe import ClusterSection, Precision, PredictionSection
 from raexmc_ray.score.job import Job, Summary
 from raexmc_ray.score.run import score
 
 SETTINGS = PredictionSection(k=5, temperature=0.08)
 
 
-def run(memory: Path, inputs: list[str | Path], output: Path, encoders: int = 2, evidence: int = 2) -> Summary:
+def run(
+    memory: Path,
+    inputs: list[str | Path],
+    output: Path,
+    encoders: int = 2,
+    evidence: int = 2,
+    precision: Precision = "auto",
+) -> Summary:
     cluster = ClusterSection(encoders=encoders)
     places = [str(given) for given in inputs]
-    return score(Folder.at(memory), places, Folder.at(output), SETTINGS, cluster, evidence=evidence)
+    return score(
+        Folder.at(memory), places, Folder.at(output), SETTINGS, cluster, evidence=evidence, precision=precision
+    )
 
 
 def parts(output: Path) -> dict[str, bytes]:
@@ -103,6 +112,17 @@ def test_scores_equal_the_librarys_whoever_computes_them(
     assert run(small_memory, [inputs], again) == gone_on, "nothing is left to do"
 
 
+@pytest.mark.ray
+def test_it_scores_in_the_precision_that_it_is_given(
+    ray_cluster: str, small_memory: Path, inputs: Path, tiny_texts: list[str], tmp_path: Path
+) -> None:
+    run(small_memory, [inputs / "sub"], tmp_path / "out", precision="bfloat16")
+    scores = pq.read_table(tmp_path / "out/predictions")["scores"].to_pylist()
+    expected = raexmc_ray.open(small_memory).predict(tiny_texts[:-1], k=5, temperature=0.08)
+    apart = [np.subtract(row, [label.score for label in labels]) for row, labels in zip(scores, expected, strict=True)]
+    assert 1e-5 < np.abs(np.concatenate(apart)).max() < 0.01
+
+
 def test_an_output_holds_one_job(
     small_memory: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +148,8 @@ def test_an_output_holds_one_job(
     (output / "rejected/part.parquet").unlink()
     with pytest.raises(ValueError, match=r"is of another job: evidence was 2, and is 0: give another --output"):
         run(small_memory, [inputs], output, evidence=0)
+    with pytest.raises(ValueError, match=r"precision was 'auto', and is 'bfloat16'"):
+        run(small_memory, [inputs], output, precision="bfloat16")
     with pytest.raises(ValueError, match=r"the input .*/b\.jsonl\.gz is gone"):
         run(small_memory, [inputs / "sub"], output)
     (inputs / "c.txt").write_text("vim\n")

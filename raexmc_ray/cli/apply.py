@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from raexmc_ray.cli.output import console, print_answer, print_plain
+from raexmc_ray.recipe import Precision
 
 
 def score(
@@ -28,6 +29,9 @@ def score(
         typer.Option(min=1, help="Encoder actors at most: 2, or with --gpu as many as there are GPUs now."),
     ] = None,
     gpu: Annotated[bool, typer.Option(help="Give each encoder actor a GPU.")] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="auto: bfloat16 on GPUs, float32 on CPUs; bfloat16 is about twice as fast there.")
+    ] = "auto",
 ) -> None:
     """Label whole data sets. Stopped, the same command goes on."""
     from raexmc_ray.cluster import connected, count_gpus
@@ -51,6 +55,7 @@ def score(
             Columns(id_column, tuple(text_column or ["text"])),
             evidence=evidence,
             snapshot=snapshot,
+            precision=precision,
         )
     if not summary.scored:
         raise ValueError(f"{summary}: see {target / REJECTED}")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from raexmc_ray.cli.output import console
+from raexmc_ray.recipe import Precision
 
 
 def serve(
@@ -24,6 +25,9 @@ def serve(
     encoder_cpus: Annotated[
         int | None, typer.Option(min=1, help="Threads of the encoder; those of the machine, four at most, if left out.")
     ] = None,
+    encoder_precision: Annotated[
+        Precision, typer.Option(help="auto: bfloat16 on GPUs, float32 on CPUs; bfloat16 is about twice as fast there.")
+    ] = "auto",
     shard_replicas: Annotated[int, typer.Option(min=1, help="Replicas of each shard.")] = 1,
 ) -> None:
     """Answer over HTTP until Ctrl-C, with a page to try it. On a cluster: `serve deploy serve_configs/cluster.yaml`."""
@@ -39,6 +43,7 @@ def serve(
             "tokens_file": tokens_file,
             "anonymous_access": anonymous_access,
             "encoder_cpus": encoder_cpus or min(4, os.cpu_count() or 1),
+            "encoder_precision": encoder_precision,
             "shard_replicas": shard_replicas,
         }
     )

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs.units import CutFile
-from raexmc_ray.recipe import PredictionSection
+from raexmc_ray.recipe import Precision, PredictionSection
 
 JOB, SUMMARY, PREDICTED, REJECTED = "job.json", "summary.json", "predictions", "rejected"
 FORMAT_VERSION = 1
@@ -52,6 +52,7 @@ class Job(BaseModel):
     id_column: str
     text_columns: tuple[str, ...]
     unit_rows: int
+    precision: Precision
     device: str
     """What encodes: a GPU, or a CPU with so many threads: another may round otherwise."""
     inputs: list[JobInput]

@@ -33,7 +33,7 @@ from raexmc_ray.memory.pool import ShardPool, ShardUnavailableError
 from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.progress import Progress
-from raexmc_ray.recipe import ClusterSection, PredictionSection
+from raexmc_ray.recipe import ClusterSection, Precision, PredictionSection
 from raexmc_ray.score.job import (
     JOB,
     PREDICTED,
@@ -69,12 +69,14 @@ def score(
     *,
     evidence: int = 0,
     snapshot: str | None = None,
+    precision: Precision = "auto",
 ) -> Summary:
     """Write the best k labels of every input row under `output`, as job.py lays it out.
 
     inputs: what `find_inputs` takes. Parts have the schema PREDICTIONS, with `evidence` keys a label in one more column
     where that is not 0; snapshot, settings and input stand in the schema's metadata. snapshot: of the memory, in place
-    of the current one. Run again, it computes the units that are missing.
+    of the current one. precision: of the encoder, as `use_hardware` takes it. Run again, it computes the units that are
+    missing.
     Raises ValueError before the work begins where an input cannot be read or has not these columns, and where `output`
     is another job's. A row that cannot be scored stops nothing: it is written to rejected/ with its reason.
     """
@@ -88,6 +90,7 @@ def score(
         id_column=columns.id,
         text_columns=columns.texts,
         unit_rows=UNIT_ROWS,
+        precision=precision,
         device="gpu" if cluster.gpu else f"cpu, threads: {_threads(cluster)}",
         inputs=[JobInput(file=str(file), size=file.size, modified_ns=file.modified_ns) for file in files],
     )
@@ -168,7 +171,8 @@ class _UnitScorer:
     def __init__(self, task: _Task, pool: ShardPool, labels: Any) -> None:
         from raexmc_ray.encoder import use_hardware  # the driver does without torch
 
-        self._encoder = use_hardware(open_snapshot(task.memory, task.job.snapshot).encoder(), task.threads)
+        encoder = open_snapshot(task.memory, task.job.snapshot).encoder()
+        self._encoder = use_hardware(encoder, task.threads, task.job.precision)
         self._encoding = threading.Lock()
         self._task, self._pool, self._labels = task, pool, ray.get(labels)
         self._of_thread = threading.local()

@@ -46,7 +46,7 @@ def build_app(settings: ServeSettings) -> Application:
         },
         **encoders,
         **common,
-    ).bind(memory, threads, settings.batch_texts)
+    ).bind(memory, threads, settings.encoder_precision, settings.batch_texts)
     # Ray sees none of FAISS's memory: it must be told. A roll-out has two snapshots open, but pages of files that
     # nobody reads any more are given back.
     shard_memory = shard_bytes(manifest.index, -(-manifest.keys // manifest.shards))

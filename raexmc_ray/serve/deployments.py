@@ -19,7 +19,7 @@ from raexmc_ray.memory.hits import Hits
 from raexmc_ray.memory.index import Lists, use_threads
 from raexmc_ray.memory.shard import Shard
 from raexmc_ray.memory.snapshot import open_snapshot
-from raexmc_ray.recipe import Neighbours
+from raexmc_ray.recipe import Neighbours, Precision
 from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.held import Held
 
@@ -34,12 +34,12 @@ MAX_ONGOING = 1024
 class Encoder:
     """Texts to embeddings; the texts of calls that wait together are encoded together."""
 
-    def __init__(self, memory: Folder, threads: int, batch_texts: int) -> None:
+    def __init__(self, memory: Folder, threads: int, precision: Precision, batch_texts: int) -> None:
         def open_(snapshot: str) -> TextEncoder:
             # Not above: a shard's replica imports this module, and would start later by torch and transformers.
             from raexmc_ray.encoder import use_hardware
 
-            return use_hardware(open_snapshot(memory, snapshot).encoder(), threads)
+            return use_hardware(open_snapshot(memory, snapshot).encoder(), threads, precision)
 
         self._encoders = Held(open_)
         self._batcher: Batcher[tuple[str, list[str]], np.ndarray] = Batcher(
