@@ -62,8 +62,8 @@ class ServeSettings(BaseModel):
     encoder_gpus: float = Field(0.0, ge=0)
     """GPUs of an encoder."""
     encoder_precision: Precision = "auto"
-    """`auto`: bfloat16 on a GPU that has it, float32 on a CPU. bfloat16 on a CPU that has it answers twice as many
-    texts; a score then may differ by 5e-3 with what else is encoded in its batch, where it is 1e-5 in float32."""
+    """`auto`: bfloat16 on a GPU that has it, float32 on a CPU. bfloat16 on a CPU that has it encodes sooner;
+    a score then may differ by 5e-3 with what else is encoded in its batch, where it is 1e-5 in float32."""
     shard_replicas: int = Field(1, ge=1)
     """Replicas of each shard; with two, nobody notices that one is lost."""
     shard_cpus: float = Field(0.1, gt=0)
