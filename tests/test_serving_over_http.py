@@ -184,7 +184,7 @@ def test_what_is_no_request_at_all_is_a_problem(served: str) -> None:
 
 
 def test_random_bodies_never_break_it(served: str) -> None:
-    """Valid bodies with bytes changed, cut or doubled, and JSON of any shape: no 5xx, only problems."""
+    """Valid bodies, some with bytes changed, cut or doubled, and JSON of any shape: no 5xx, only problems."""
     rng = random.Random(1)
     valid = json.dumps(
         {"texts": ["vim: an editor", "ünï"], "k": 3, "lambda": 0.5, "temperature": 0.1, "neighbours": {"joint": 9}}
@@ -196,7 +196,7 @@ def test_random_bodies_never_break_it(served: str) -> None:
         if rng.random() < 0.5:
             return json.dumps({rng.choice(names): rng.choice(values) for _ in range(rng.randint(0, 4))}).encode()
         changed = bytearray(valid)
-        for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(0, 4)):
             at = rng.randrange(len(changed))
             if rng.random() < 0.5:
                 changed[at] = rng.randrange(256)
