@@ -51,6 +51,8 @@ SMALL_STEPS: dict[str, list[str]] = {
     "three positives an instance": ["training.positives_per_instance=3"],
     "6 layers, 3 epochs, voting": SIX_LAYERS,
     "the same, lexical part": [*SIX_LAYERS, *LEXICAL],
+    "the same, 6 epochs": [*SIX_LAYERS, *LEXICAL, "training.epochs=6"],
+    "the same, dropout of 0.1": [*SIX_LAYERS, *LEXICAL, "training.epochs=6", "training.dropout=0.1"],
     "random batches of 256, another seed": ["training.seed=1"],
 }
 """On `debian-related`."""
