@@ -27,7 +27,7 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.evaluation import evaluate
 from raexmc_ray.recipe import Recipe
-from raexmc_ray.train.trainer import train
+from raexmc_ray.train.trainer import train, trained_encoder
 
 ONE_WORKER = ["cluster.workers=1", "cluster.cpus_per_worker=2", "cluster.storage=runs/accuracy"]
 SMALL = ["encoder.layers=2", "training.epochs=2", "training.learning_rate=3.0e-4"]
@@ -88,12 +88,15 @@ def best(path: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     return {"lambda": chosen["lambda"], "temperature": chosen["temperature"], **rows, "train_s": seconds}
 
 
-def trained(recipe: Recipe, corpus: Any) -> tuple[TextEncoder, float]:
-    """The encoder, and the seconds that its training took: next to none where it was trained before."""
-    started = time.perf_counter()
-    with connected():
-        folder = train(recipe, corpus)
-    seconds = round(time.perf_counter() - started, 1)
+def trained(recipe: Recipe, corpus: Any) -> tuple[TextEncoder, float | None]:
+    """The encoder, and the seconds that its training took: None where it was trained before."""
+    try:
+        folder, seconds = trained_encoder(recipe, corpus), None
+    except FileNotFoundError:
+        started = time.perf_counter()
+        with connected():
+            folder = train(recipe, corpus)
+        seconds = round(time.perf_counter() - started, 1)
     torch.set_num_threads(2)
     return TextEncoder.load(folder.path), seconds
 
@@ -125,7 +128,7 @@ def main(names: Sequence[str]) -> None:
     for name, overrides in SMALL_STEPS.items():
         if not names or name in names:
             row = step(RECIPE, overrides)
-            print(f"{name:<40}", *(f"{value:7.2f}" for value in row.values()), flush=True)
+            print(f"{name:<40}", *(f"{row[name]:7.2f}" for name in row if name != "train_s"), flush=True)
             ladder[name] = {**row, "commit": commit()}
             write()
     print_targets({}, write())
