@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -146,9 +145,8 @@ def score(memory: Path, texts: Path, *options: str) -> tuple[float, Counter[str]
     output = FOLDER / "output"
     shutil.rmtree(output, ignore_errors=True)
     command = [str(Path(sys.executable).parent / "raexmc"), "--quiet", "score", str(memory), str(texts)]
-    environment = {**os.environ, "RAY_worker_niceness": "0"}
     started = time.perf_counter()
-    process = psutil.Popen([*command, "--output", str(output), *options], env=environment)
+    process = psutil.Popen([*command, "--output", str(output), *options])
     peak: Counter[str] = Counter()
     while process.poll() is None:
         sizes: Counter[str] = Counter()

@@ -46,6 +46,8 @@ def connected(*, dashboard: bool = False, existing: bool = False) -> Iterator[No
         address=address or "local",
         num_cpus=None if address else cpus,
         include_dashboard=None if address else dashboard,
+        # It works for the command that waits for it. By default Ray's workers step back behind every other process.
+        _system_config=None if address else {"worker_niceness": 0},
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
