@@ -13,14 +13,15 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.gate import Gate
 from raexmc_ray.serve.guard import Guard, Tokens, is_loopback, refuse_open_door
-from raexmc_ray.serve.schema import Limits, ServeSettings
+from raexmc_ray.serve.ingress import READY_S, Ingress
+from raexmc_ray.serve.schema import Limits, PredictRequest, ServeSettings
 
 OLD, NEW = "old-token-0123456789", "new-token-9876543210"
 
@@ -189,6 +190,60 @@ def test_the_gate_names_counts_and_logs_what_it_refuses(caplog: pytest.LogCaptur
     assert all(entry["status"] == 503 for entry in logged)
 
 
+def test_the_gate_answers_where_serve_has_only_its_own_words(caplog: pytest.LogCaptureFixture) -> None:
+    counted: list[tuple[str, int]] = []
+
+    async def lost(request: Request) -> Response:
+        return PlainTextResponse("ActorDiedError: /a/secret/path", 500)
+
+    async def ours(request: Request) -> Response:
+        return Response('{"status": 500}', 500, media_type="application/problem+json")
+
+    routes = [Route("/lost", lost), Route("/ours", ours)]
+    app = Gate(Starlette(routes=routes), 1, lambda path, status, _: counted.append((path, status)))
+
+    async def run() -> list[httpx.Response]:
+        async with talk_to(app) as http:
+            return [await http.get(path, headers={"x-request-id": "abc-123"}) for path in ("/lost", "/ours")]
+
+    with caplog.at_level(logging.INFO, logger="ray.serve.access"):
+        of_serve, of_ours = asyncio.run(run())
+    assert (of_serve.status_code, of_serve.headers["retry-after"]) == (503, "1")
+    assert of_serve.json()["request_id"] == "abc-123"
+    assert "secret" not in of_serve.text
+    assert of_ours.json() == {"status": 500}
+    assert counted == [("/lost", 503)], "ours are counted where they are made"
+    assert [json.loads(record.message)["request"] for record in caplog.records] == ["abc-123"]
+
+
+def test_whether_it_is_ready_is_asked_once_for_all_who_want_to_know() -> None:
+    asked: list[float] = []
+
+    async def predict(request: PredictRequest, request_id: str, started: float) -> None:
+        asked.append(started)
+        await asyncio.sleep(0.1)
+        if len(asked) == 2:
+            raise TimeoutError
+
+    plain = Ingress.func_or_class.__bases__[0]  # without what Serve wraps around it
+    ingress = plain.__new__(plain)
+    ingress._probe, ingress._probed, ingress.predict = None, 0.0, predict
+
+    async def run() -> None:
+        impatient = asyncio.create_task(ingress.ready())
+        await asyncio.sleep(0.01)
+        impatient.cancel()  # which must not end it for the others
+        await asyncio.gather(*(ingress.ready() for _ in range(100)))
+        await ingress.ready()
+        assert len(asked) == 1
+        await asyncio.sleep(READY_S)
+        answers = await asyncio.gather(*(ingress.ready() for _ in range(10)), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [TimeoutError] * 10
+        assert len(asked) == 2
+
+    asyncio.run(run())
+
+
 def test_each_token_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAEXMC_TOKENS", f"{OLD},{NEW}")
 
@@ -198,6 +253,7 @@ def test_each_token_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
             replies = await asyncio.gather(*calls)
             assert [reply.status_code for reply in replies] == [200, 200, 429, 200]
             assert replies[2].headers["retry-after"] == "1"
+            assert {(await http.get("/v1/health")).status_code for _ in range(5)} == {200}, "what probes is not counted"
             await asyncio.sleep(1.1)
             assert (await http.post("/v1/predict", headers=bearer(OLD))).status_code == 200
 

@@ -85,6 +85,9 @@ def test_it_answers_says_why_and_follows_the_sliders(guarded: str, browser: Brow
     page.keyboard.press("Enter")  # by the keyboard alone
     expect(first.locator(".votes")).to_be_visible()
     expect(first.locator(".votes")).to_contain_text("cosine")
+    page.evaluate("ask()")  # an answer that comes while one reads
+    expect(page.locator("#answer:not(.old)")).to_be_visible()
+    expect(first.locator("summary")).to_be_focused()
     scores = page.locator(".score").all_text_contents()
     assert scores == sorted(scores, reverse=True)
 
@@ -106,6 +109,17 @@ def test_it_answers_says_why_and_follows_the_sliders(guarded: str, browser: Brow
     expect(page.get_by_label("Instances retrieved")).to_be_visible()
     expect(page.locator("#problem")).to_be_hidden()
     assert complaints == []
+
+
+def test_a_token_that_was_not_given_is_asked_for_again(guarded: str, browser: Browser) -> None:
+    page = browser.new_context(viewport=DESKTOP).new_page()  # type: ignore[arg-type]
+    page.goto(guarded)
+    expect(page.get_by_label("Token", exact=True)).to_be_visible()
+    page.keyboard.press("Escape")
+    page.get_by_label("Which labels fit this text?").fill(TEXT)
+    page.get_by_label("Token", exact=True).fill(TOKEN)
+    page.keyboard.press("Enter")
+    expect(page.locator("#answer > li")).to_have_count(10)
 
 
 def test_it_fits_a_phone(guarded: str, browser: Browser) -> None:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jsonschema
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -69,6 +70,14 @@ def test_a_request_survives_its_way_over_the_wire(content: dict[str, Any]) -> No
     wire = request.model_dump_json(by_alias=True, exclude_none=True)
     assert PredictRequest.model_validate_json(wire) == request
     assert PredictRequest.model_validate(request.model_dump(by_alias=True)) == request
+
+
+@pytest.mark.parametrize("content", [{}, {"texts": ["x"], "neighbours": {}}])
+def test_a_body_of_unknown_fields_is_one_error(content: dict[str, Any]) -> None:
+    (content.get("neighbours", content)).update({str(number): 1 for number in range(100_000)})
+    with pytest.raises(ValidationError, match="100,000 fields are more than there are") as caught:
+        PredictRequest.model_validate(content)
+    assert caught.value.error_count() <= 2
 
 
 def test_what_is_not_finite_is_refused() -> None:

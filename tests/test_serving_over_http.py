@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import ray
 import schemathesis
-from conftest import ROOT, Rounds
+from conftest import ROOT, Rounds, free_port
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
@@ -24,7 +24,8 @@ import raexmc_ray
 from raexmc_ray.client import ApiError, AsyncClient, Client, UnreachableError
 from raexmc_ray.label_lookup import LabelLookup
 from raexmc_ray.recipe import Neighbours, Recipe
-from raexmc_ray.serve.schema import Limits, PredictReply
+from raexmc_ray.serve.run import serving
+from raexmc_ray.serve.schema import Limits, PredictReply, ServeSettings
 
 pytestmark = pytest.mark.ray
 EXPORT_S = 11.0
@@ -110,10 +111,26 @@ def test_labels_are_found_by_uid_and_by_how_they_begin(served: str, memory: raex
             prefix = row["text"][:8]
             begins = {r["index"] for r in rows if (r["text"].lower() + "\0").startswith(prefix.lower())}
             begins |= {r["index"] for r in rows if r["uid"].startswith(prefix)}
-            got = client.labels(prefix.upper() if prefix.upper() == prefix else prefix, limit=100)
+            got = client.labels(prefix, limit=100)
             assert {label.label for label in got.labels} == begins
+            prefix = prefix.swapcase()  # of a text in any case, of a uid as it is written
+            begins = {r["index"] for r in rows if r["text"].lower().startswith(prefix.lower())}
+            begins |= {r["index"] for r in rows if r["uid"].startswith(prefix)}
+            assert {label.label for label in client.labels(prefix, limit=100).labels} == begins
         with pytest.raises(ApiError, match="no label of this memory has the uid 'a/b c'"):
             client.label("a/b c")
+
+
+def test_a_reply_is_bounded_as_a_whole(served: str) -> None:
+    with Client(served) as client, pytest.raises(ApiError, match=r"422 .*is 25,856,000, more than the 100,000"):
+        client.predict(["x"] * 256, 1000, evidence=100)
+
+
+def test_a_cluster_that_serves_something_keeps_it(served: str, tiny_run: Recipe) -> None:
+    settings = ServeSettings(memory=f"{tiny_run.cluster.storage}/memory")
+    with pytest.raises(ValueError, match="serves raexmc already"), serving(settings, port=free_port()):
+        pytest.fail("it served")
+    assert httpx.get(f"{served}/v1/ready", timeout=60).status_code == 200
 
 
 def test_memory_health_and_ready(served: str) -> None:

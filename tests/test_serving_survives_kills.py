@@ -112,7 +112,7 @@ def test_the_controller_is_not_missed(url: str, tiny_texts: list[str], expected:
 def test_after_a_lost_ingress_answers_are_right_again(url: str, tiny_texts: list[str], expected: Answers) -> None:
     with Rounds("serving_ingress", soak=10) as rounds:
         load = kill_under_load(url, tiny_texts[:TEXTS], expected, "Ingress", rounds)
-        assert all("Traceback" not in said for said in load.broken), "Serve's proxy answers for it: in its own words"
+        assert load.broken == []
 
 
 def test_a_missing_shard_is_named_or_left_out_where_that_is_allowed(

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from raexmc_ray.serve.environment import ENVIRONMENT
+from raexmc_ray.serve.gate import REQUESTS
 from raexmc_ray.serve.schema import ServeSettings
 
 
@@ -33,7 +34,14 @@ def test_serve_configs(path: Path) -> None:
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
             (container,) = group["template"]["spec"]["containers"]
             assert ENVIRONMENT.items() <= {one["name"]: one["value"] for one in container["env"]}.items()
+        groups = cluster["workerGroupSpecs"]
+        grows = any(group["maxReplicas"] > group["replicas"] for group in groups)
+        assert cluster.get("enableInTreeAutoscaling", False) == grows
+        gate = next(int(one["value"]) for one in container["env"] if one["name"] == REQUESTS)
+        at_the_doors = gate * (1 + sum(group["maxReplicas"] for group in groups))
         content = yaml.safe_load(content["spec"]["serveConfigV2"])
+        settings = ServeSettings.model_validate(content["applications"][0]["args"])
+        assert at_the_doors <= settings.ingress_replicas * settings.limits.concurrent_requests, "nothing queues"
     config = ServeDeploySchema.model_validate(content)
     (application,) = config.applications
     settings = ServeSettings.model_validate(application.args)

@@ -14,9 +14,9 @@ import os
 import time
 
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raexmc_ray.serve.guard import Answered, access_log, request_id_of, send_problem
+from raexmc_ray.serve.guard import PROBLEM_TYPE, Answered, access_log, request_id_of, send_problem
 from raexmc_ray.serve.metrics import request_counter
 from raexmc_ray.serve.schema import Limits
 
@@ -24,7 +24,8 @@ REQUESTS = "RAEXMC_REQUESTS_AT_A_TIME"
 
 
 class Gate:
-    """ASGI middleware: answers 503 with Retry-After while too many requests are on their way."""
+    """ASGI middleware: answers 503 with Retry-After while too many requests are on their way, and in the place of Serve
+    where that has only its own words: of an ingress that was lost with its requests, say."""
 
     def __init__(self, app: ASGIApp, limit: int, answered: Answered) -> None:
         self._app, self._limit, self._answered, self._running = app, limit, answered, 0
@@ -34,20 +35,32 @@ class Gate:
             await self._app(scope, receive, send)
             return
         if self._running >= self._limit:
-            await self._refuse(scope, send)
+            await self._refuse(scope, send, "Busy", f"{self._limit} requests are being answered; come again")
             return
+        refused = False
+
+        async def as_a_problem(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and (message["status"] >= 500 or message["status"] == 408):
+                kind = {bytes(name).lower(): bytes(value) for name, value in message["headers"]}.get(b"content-type")
+                refused = kind != PROBLEM_TYPE
+                if refused:
+                    detail = "A part of the application did not answer; try again"
+                    await self._refuse(scope, send, "Not available", detail)
+            if not refused:
+                await send(message)
+
         self._running += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, as_a_problem)
         finally:
             self._running -= 1
 
-    async def _refuse(self, scope: Scope, send: Send) -> None:
+    async def _refuse(self, scope: Scope, send: Send, title: str, detail: str) -> None:
         started, path = time.perf_counter(), scope["path"]
-        detail = f"{self._limit} requests are being answered; come again"
         request_id = request_id_of(dict(scope["headers"]))  # what gives requests their ids is behind this
         try:
-            await send_problem(send, 503, "Busy", detail, {"Retry-After": "1", "X-Request-ID": request_id}, request_id)
+            await send_problem(send, 503, title, detail, {"Retry-After": "1", "X-Request-ID": request_id}, request_id)
         finally:
             seconds = time.perf_counter() - started
             self._answered(path, 503, seconds)

@@ -30,6 +30,8 @@ CLIENT_GONE = 499
 """What nginx writes for a caller that left before the answer."""
 OPEN_PATHS = frozenset({"/", "/openapi.json", "/v1/health", "/v1/ready"})
 """What needs no token: the page and the API's description have no data in them, and a load balancer has none."""
+PROBES = frozenset({"/v1/health", "/v1/ready"})
+"""What a load balancer asks: never refused for what others ask, and cheap, so not counted."""
 access_log = logging.getLogger("ray.serve.access")
 Answered = Callable[[str, int, float], None]
 """Told the path, the status and the seconds of each answer."""
@@ -167,7 +169,7 @@ class Guard:
             if caller is None:
                 detail = "a valid token is missing: send the header `Authorization: Bearer TOKEN`"
                 return 401, "Not authorised", detail, {"WWW-Authenticate": "Bearer"}
-        if self._rate and not self._limiter.hit(self._rate, caller or ""):
+        if self._rate and path not in PROBES and not self._limiter.hit(self._rate, caller or ""):
             detail = f"more than {limits.requests_per_second} requests a second; come again"
             return 429, "Too many requests", detail, {"Retry-After": "1"}
         length = headers.get(b"content-length", b"0")

@@ -35,6 +35,8 @@ BATCHES = 2
 """Batches on their way at a time for each encoder: one is searched and aggregated while the next is encoded."""
 INLINE_CELLS = 1_000
 """Cells of an array that are worked through in the time that it takes to hand them to a thread: about a text's."""
+READY_S = 1.0
+"""How long what was found out about being ready counts."""
 log = logging.getLogger("ray.serve.batches")
 R = TypeVar("R")
 
@@ -55,6 +57,8 @@ class Ingress:
         refuse_open_door(settings, self._tokens, _http_host())
         self._metrics = IngressMetrics()
         self._view: View | None = None
+        self._probe: asyncio.Task[PredictReply] | None = None
+        self._probed = 0.0
         self._batcher: Batcher[Query, PredictReply] = Batcher(
             self._answer_all,
             size=lambda query: len(query.texts),
@@ -110,6 +114,14 @@ class Ingress:
         async with _until(deadline):
             return await self._batcher.submit(query)
 
+    async def ready(self) -> None:
+        """Ask the encoder and every shard, once in READY_S whoever wants to know. Raises as `predict` does."""
+        now = time.perf_counter()
+        if not self._probe or (self._probe.done() and now > self._probed + READY_S):
+            question = PredictRequest(texts=["ready"], k=1)
+            self._probe, self._probed = asyncio.create_task(self.predict(question, "ready", now)), now
+        await asyncio.shield(self._probe)  # others may wait for it, too
+
     def _effective(self, request: PredictRequest, defaults: PredictionSection) -> PredictionSection:
         """The snapshot's defaults with the request's settings, within the limits. Raises RequestError."""
         limits, given = self._settings.limits, request.neighbours
@@ -123,7 +135,14 @@ class Ingress:
             if asked > limit:
                 raise RequestError(f"{what}: {asked:,} are more than the {limit:,} that this application allows")
         neighbours = Neighbours(**given.model_dump()) if given else None
-        return override(defaults, request.k, request.lambda_, request.temperature, neighbours)
+        settings = override(defaults, request.k, request.lambda_, request.temperature, neighbours)
+        entries = len(request.texts) * settings.k * (1 + request.evidence)
+        if entries > limits.entries:
+            raise RequestError(
+                f"texts × k × (1 + evidence) is {entries:,}, more than the {limits.entries:,} that a reply may have "
+                "here: ask for fewer at a time"
+            )
+        return settings
 
     async def _answer_all(
         self, queries: Sequence[Query], answer_at: Callable[[int, PredictReply | Exception], None]

@@ -27,11 +27,19 @@ POLL_S, PATIENCE_S = 0.3, 600.0
 def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
     """Serve a memory over the connected cluster for as long as it is needed; gives the URL once it answers.
 
-    Raises FileNotFoundError, SnapshotError, ValueError (an open door), DeploymentFailedError.
+    Raises FileNotFoundError, SnapshotError, DeploymentFailedError; ValueError for an open door, and where the cluster
+    serves something already, which would end with this.
     """
+    if "://" not in settings.memory:  # `rollout` opens it from wherever it is called
+        settings = settings.model_copy(update={"memory": str(Folder.at(settings.memory))})
     build_app(settings)  # what is wrong with the memory is said here, and not in a log of Serve's
     refuse_open_door(settings, Tokens(settings.tokens_file), host)
     client = _client()
+    if others := sorted(client.get_serve_details().get("applications", {})):
+        raise ValueError(
+            f"this cluster serves {', '.join(others)} already, which would end here: `serve deploy` a config that has "
+            "all of them, or unset RAY_ADDRESS to serve on a cluster of its own"
+        )
     application = {
         "name": APPLICATION,
         "route_prefix": "/",

@@ -36,9 +36,12 @@ class Limits(BaseModel):
     """Labels for a text."""
     neighbours: int = Field(2000, ge=1, le=MAX_NEIGHBOURS)
     """Keys retrieved for a text, of all or of each kind."""
+    entries: int = Field(100_000, ge=1)
+    """Labels and the keys named for them in a reply: texts × k × (1 + evidence). A kilobyte each, at the least."""
     concurrent_requests: int = Field(128, ge=1)
     """Requests that an ingress replica works on at a time; the next one is told to come again (503, with Retry-After).
-    See `serve/gate.py`, which refuses them sooner and cheaper."""
+    See `serve/gate.py`, which refuses them sooner and cheaper: each proxy for itself, so that what all proxies let in
+    should be no more than what all ingresses take."""
     requests_per_second: int | None = Field(None, ge=1, examples=[100])
     """Requests of one token (of everyone, where there are no tokens) that an ingress replica takes (429 beyond)."""
 
@@ -110,20 +113,32 @@ Text = Annotated[
 Uid = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
-class Joint(BaseModel):
-    """The best keys of the whole memory."""
+class _Asked(BaseModel):
+    """What a caller sends: fields that it does not have are refused."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, given: object) -> object:
+        # Pydantic makes an error of each: for a body of nothing else that took seconds, in which nobody was answered.
+        if isinstance(given, dict) and len(given) > 2 * len(cls.model_fields):
+            names = (field.alias or name for name, field in cls.model_fields.items())
+            raise ValueError(f"{len(given):,} fields are more than there are: {', '.join(names)}")
+        return given
+
+
+class Joint(_Asked):
+    """The best keys of the whole memory."""
+
     joint: Integer = Field(ge=1, le=MAX_NEIGHBOURS, examples=[200])
     """Keys from the joint memory."""
 
 
-class Apart(BaseModel):
+class Apart(_Asked):
     """The best keys of the instances and the best keys of the labels; at least one of the numbers is above zero."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        use_attribute_docstrings=True,
         json_schema_extra={
             "anyOf": [
                 {"properties": {name: {"minimum": 1}}, "required": [name]}  # what the validator below holds it to
@@ -143,16 +158,10 @@ class Apart(BaseModel):
         return self
 
 
-class PredictRequest(BaseModel):
+class PredictRequest(_Asked):
     """Which labels fit these texts? What is left out is as the snapshot's defaults have it."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        validate_by_name=True,
-        validate_by_alias=True,
-    )
+    model_config = ConfigDict(allow_inf_nan=False, validate_by_name=True, validate_by_alias=True)
     texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, examples=[["vim: Vi IMproved"]])]
     """The texts to label."""
     k: Annotated[int, Field(ge=1, le=MAX_K), Strict(), BeforeValidator(_integral)] | None = Field(None, examples=[10])
