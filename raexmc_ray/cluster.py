@@ -57,18 +57,20 @@ def connected(*, dashboard: bool = False, existing: bool = False) -> Iterator[No
         ray.shutdown()
 
 
-def refuse_unplaceable(what: str, wanted: Mapping[str, float], remedy: str) -> None:
-    """Raise ValueError where no node of the cluster has all that `what` wants of one, {Ray's resource: how much}: Ray
-    would wait for such a node for ever, and say nothing.
+def refuse_unplaceable(what: str, wanted: Mapping[str, float], remedy: str, number: int = 1) -> None:
+    """Raise ValueError where the nodes of the cluster have no room for so many of what wants so much of one node,
+    {Ray's resource: how much}: Ray would wait for it for ever, and say nothing.
 
     Where more nodes may come by themselves (`may_grow`), a warning is all.
     """
     nodes = living_nodes()
-    if room_for(nodes, wanted):
+    room = room_for(nodes, wanted)
+    if room >= number:
         return
     each = " and ".join(_say(name, much) for name, much in wanted.items())
     most = " and ".join(_say(name, max(node["Resources"].get(name, 0) for node in nodes)) for name in wanted)
-    said = f"{what} wants {each} on one node, and the most that a node has is {most}: {remedy}"
+    there = f"there is room for {room} of {number}" if room else f"the most that a node has is {most}"
+    said = f"{what} wants {each} on one node, and {there}: {remedy}"
     if not may_grow(nodes):
         raise ValueError(f"{said}, or add such a node")
     logger.warning("%s, unless the cluster adds such a node: waiting for one", said)

@@ -130,7 +130,7 @@ def embed_keys(
     texts = table.select(["key_id", *(name for name in NAMES if name in table.column_names), "text"])
     # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
     blocks = [texts.slice(unit * UNIT_KEYS, embeddings.size(unit)).combine_chunks() for unit in missing]
-    arguments = (encoder, embeddings, section.batch_size, int(cluster.cpus_per_worker))
+    arguments = (encoder, embeddings, section.batch_size, int(cluster.cpus_per_worker), cluster.gpu)
     with Progress("embed", len(table), "keys", done=finished) as progress:
         for keys in map_units(blocks, _UnitEncoder, arguments, cluster):
             progress.add(keys)
@@ -151,7 +151,7 @@ def embed_files(
 
     inputs: as `find_inputs` takes them, in the order of their names. encoder: folder, hub name or `package:NAME`.
     """
-    table = read_texts(inputs, columns)
+    table = read_texts(inputs, columns, output)
     staged = stage_encoder(output, encoder, section)
     identity = "\0".join([staged.name, dtype, _digest(table)])
     folder = output / "embeddings" / hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -177,7 +177,8 @@ def map_units(
 
     worker: class whose instances, made with `arguments`, map a block to {"rows": [number]}, or to {"error": [what is
     wrong with it]}, which is raised here as a ValueError: of an exception in there Ray Data keeps the traces only.
-    blocks_at_a_time: an instance is called by so many threads. Raises ValueError where no node has room for an actor.
+    blocks: all but the last are of the same length. blocks_at_a_time: an instance is called by so many threads.
+    Raises ValueError where no node has room for an actor.
     """
     quiet_data()
     needed, remedy = {"CPU": cluster.cpus_per_worker}, "lower cluster.cpus_per_worker"
@@ -188,7 +189,7 @@ def map_units(
     done = ray.data.from_arrow(list(blocks)).map_batches(
         worker,
         fn_constructor_args=arguments,
-        batch_size=None,
+        batch_size=len(blocks[0]),  # a block: all but the last are as long. (With GPUs Ray takes no None.)
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
             min_size=1,
@@ -213,10 +214,10 @@ def map_units(
 class _UnitEncoder:
     """An actor that embeds units."""
 
-    def __init__(self, encoder: Folder, embeddings: Embeddings, batch_size: int, threads: int) -> None:
+    def __init__(self, encoder: Folder, embeddings: Embeddings, batch_size: int, threads: int, gpu: bool) -> None:
         from raexmc_ray.encoder import use_hardware
 
-        self._encoder = use_hardware(load_encoder(encoder), threads, keys=True)
+        self._encoder = use_hardware(load_encoder(encoder), threads, keys=True, gpu=gpu)
         self._embeddings, self._batch_size = embeddings, batch_size
 
     def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:

@@ -318,14 +318,17 @@ def bfloat16_is_native(device: torch.device) -> bool:
 
 
 def use_hardware(
-    encoder: TextEncoder, threads: int, precision: Precision = "auto", *, keys: bool = False
+    encoder: TextEncoder, threads: int, precision: Precision = "auto", *, keys: bool = False, gpu: bool = False
 ) -> TextEncoder:
-    """`encoder` on this process's GPU where it owns one, else with so many CPU threads: from now on it only encodes.
+    """`encoder` with so many CPU threads, or on this process's GPU: from now on it only encodes.
 
     precision: `auto` is bfloat16 where the hardware has it; but a CPU computes queries in float32, so that their
-    answers are the same whatever batch they ride in. keys: it makes keys, by the million.
+    answers are the same whatever batch they ride in. keys: it makes keys, by the million. gpu: this process owns one;
+    Ray lets others see those of the whole node. Raises ValueError where torch sees none.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if gpu and not torch.cuda.is_available():
+        raise ValueError("this process owns a GPU, and torch sees none: install the extra [gpu], not [cpu]")
+    device = torch.device("cuda" if gpu else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, threads))
     if precision == "auto":

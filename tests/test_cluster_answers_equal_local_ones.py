@@ -14,7 +14,8 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.evaluation import evaluate
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.build import build
-from raexmc_ray.memory.pool import ShardUnavailableError, open_in_actors
+from raexmc_ray.memory.pool import ShardPool, ShardUnavailableError, open_in_actors
+from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.recipe import Neighbours, Recipe
 from raexmc_ray.train.trainer import trained_encoder
 
@@ -102,3 +103,11 @@ def test_a_shard_that_does_not_answer_in_time_is_named(tiny_run: Recipe) -> None
             os.kill(process, signal.SIGCONT)
         pool.timeout_s = patience
         assert np.array_equal(memory.search(queries, Neighbours(joint=100)).key_ids_Bb, before.key_ids_Bb)
+
+
+def test_shards_that_have_no_room_are_refused_at_once(tiny_run: Recipe) -> None:
+    snapshot = open_snapshot(memory_of(tiny_run))
+    with pytest.raises(ValueError, match=r"a shard's actor wants 3 CPU and .* room for 1 of 3: .*memory\.shards"):
+        ShardPool(memory_of(tiny_run), snapshot, cpus=3)
+    with pytest.raises(ValueError, match=r"wants .* and 1 GPU on one node, .* 0 GPU: "):
+        ShardPool(memory_of(tiny_run), snapshot, gpu=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,35 @@ def test_files_become_embeddings(ray_cluster: str, tmp_path: Path) -> None:
     assert run() == done
     assert gone.read_bytes() == content
     assert all(path.stat().st_mtime_ns == before for path, before in units.items() if path != gone)
+
+
+ON_GPUS = """
+import numpy as np, pyarrow as pa, ray
+from raexmc_ray.embed import map_units
+from raexmc_ray.recipe import ClusterSection
+
+class Worker:
+    def __call__(self, block):
+        return {"rows": np.array([len(block) * len(ray.get_gpu_ids())])}
+
+ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+table = pa.table({"key_id": range(100)})
+blocks = [table.slice(start, 40) for start in (0, 40, 80)]
+print(sorted(map_units(blocks, Worker, (), ClusterSection(gpu=True, encoders=2))))
+"""
+
+
+@pytest.mark.ray
+def test_each_actor_of_a_pool_owns_a_gpu_and_gets_whole_units() -> None:
+    """Ray's own account of GPUs, which need not be there: another cluster, whose GPUs no other test sees."""
+    done = subprocess.run([sys.executable, "-c", ON_GPUS], capture_output=True, text=True, timeout=240)
+    assert done.stdout.splitlines()[-1:] == ["[20, 40, 40]"], done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_does_not_see_is_an_error_not_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"owns a GPU, and torch sees none: install the extra \[gpu\]"):
+        use_hardware(tiny_encoder(), 1, gpu=True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from raexmc_ray.embed import BLOCK_UNITS, UNIT_KEYS
 from raexmc_ray.memory.hits import Hits
-from raexmc_ray.memory.index import IndexSpec, ShardIndex, build_index, train_index
+from raexmc_ray.memory.index import SAMPLE_PER_LIST, IndexSpec, ShardIndex, build_index, train_index
 from raexmc_ray.memory.plan import BLOCK_KEYS, SHARD_LIMIT, MemoryPlan, build_bytes, plan_memory, shard_bytes
 from raexmc_ray.memory.shard import LocalShards
 from raexmc_ray.recipe import INDEX_KINDS, MemorySection, Neighbours
@@ -140,6 +140,7 @@ def test_a_query_looks_into_as_many_lists_of_a_factory_string_as_are_asked_for(t
     assert recalls[0] + 0.1 < recalls[1] < recalls[2]
     assert IndexSpec.of(MemorySection(index=f"factory:{string}"), 4000, 64).probes == 32
     assert IndexSpec.of(MemorySection(index="factory:IVF4096,Flat"), 4000, 64).probes == 128
+    assert IndexSpec.of(MemorySection(index="factory:IVF4096,Flat"), 4000, 64).sample == SAMPLE_PER_LIST * 4096
 
 
 def test_a_quantizer_travels_to_other_processes(tmp_path: Path) -> None:

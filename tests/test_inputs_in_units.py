@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import find_inputs, units
+from raexmc_ray.inputs.find import modified_ns
 from raexmc_ray.inputs.rows import Columns, Rejected
 from raexmc_ray.inputs.units import Unit, UnitReader, cut_files, read_texts
 
@@ -220,6 +223,24 @@ def test_parquet_with_other_columns_is_refused(tmp_path: Path, columns: dict, sa
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=f"x.parquet: {says}"):
         read_texts([str(tmp_path / "x.parquet")], Columns())
+
+
+def test_an_output_among_the_inputs_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "one"}\n')
+    output = tmp_path / "vectors"
+    output.mkdir()
+    (output / "config.json").write_text("{}")
+    assert read_texts([str(tmp_path)], Columns(), Folder.at(output))["id"].to_pylist() == ["a"]
+
+
+def test_an_object_stores_times_are_whole_seconds(tmp_path: Path) -> None:
+    """MinIO lists milliseconds, and tells seconds of a file alone: the same file would have changed."""
+    (tmp_path / "a.txt").write_text("one")
+    os.utime(tmp_path / "a.txt", ns=(0, 1_234_567_890_123_000_000))
+    there = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())  # one that is not "this machine's"
+    assert modified_ns(there.get_file_info("a.txt"), Folder(there, "a.txt")) == 1_234_567_890_000_000_000
+    (here,) = find_inputs([str(tmp_path)])
+    assert here.modified_ns == 1_234_567_890_123_000_000
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:

@@ -115,7 +115,14 @@ def _readable(root: Folder, infos: Sequence[pafs.FileInfo]) -> Iterator[InputFil
     for info in infos:
         kind = kind_of(info.path)
         if kind:
-            yield InputFile(Folder(root.filesystem, info.path), kind, info.size, info.mtime_ns)
+            file = Folder(root.filesystem, info.path)
+            yield InputFile(file, kind, info.size, modified_ns(info, file))
+
+
+def modified_ns(info: pafs.FileInfo, file: Folder) -> int:
+    """When a file was last written. Of an object store in whole seconds: some list milliseconds of a file, and tell
+    seconds of it alone."""
+    return int(info.mtime_ns) if file.is_local else int(info.mtime_ns) // 10**9 * 10**9
 
 
 def kind_of(path: str) -> Kind | None:

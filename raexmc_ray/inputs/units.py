@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raexmc_ray.inputs.find import InputFile, find_inputs
+from raexmc_ray.files import Folder
+from raexmc_ray.inputs.find import InputFile, find_inputs, modified_ns
 from raexmc_ray.inputs.rows import (
     Columns,
     UnitRows,
@@ -104,10 +105,11 @@ def cut_file(file: InputFile, columns: Columns) -> CutFile:
         raise ValueError(f"{file}: is torn, or is no {file.kind} file: {error}") from None
 
 
-def read_texts(inputs: Sequence[str], columns: Columns) -> pa.Table:
+def read_texts(inputs: Sequence[str], columns: Columns, output: Folder | None = None) -> pa.Table:
     """(id: string, text: string) of all rows of these inputs, for those who hold them all: file after file in the
-    order of `find_inputs`. Raises ValueError that names the file and row of a text that is none."""
-    cut = cut_files(find_inputs(inputs), columns)
+    order of `find_inputs`, without what lies under `output`. Raises ValueError that names the file and row of a text
+    that is none."""
+    cut = cut_files(find_inputs(inputs, output), columns)
     reader, ids, texts = UnitReader([part.file for part in cut], columns), [], []
     for number, part in enumerate(cut):
         for unit in part.table(number, np.arange(part.units)).to_pylist():
@@ -215,7 +217,7 @@ class _ParquetRows:
 
 def _check_unchanged(file: InputFile) -> None:
     info = file.file.filesystem.get_file_info(file.file.path)
-    if (info.size, info.mtime_ns) != (file.size, file.modified_ns):
+    if (info.size, modified_ns(info, file.file)) != (file.size, file.modified_ns):
         raise UnreadableError(
             f"{file}: was changed or removed while the job ran: leave inputs as they are until it ends"
         )

@@ -46,7 +46,7 @@ REFINED = 6
 SAMPLE_PER_LIST, SAMPLE_LEAST = 64, 16384
 """Keys that a quantiser is trained on: so many for each list, and so many at least."""
 KMEANS_ROUNDS = 10
-GPU_KINDS = ("flat", "flat-fp16", "flat-sq8", "ivf-fp16")
+GPU_KINDS = ("flat", "flat-fp16", "ivf-fp16")
 GPU_WIDTH = 2048
 """The most candidates that FAISS finds on a GPU; it also has no ranges of keys there. The CPU does the rest."""
 GRAPH_LINKS = 32
@@ -93,7 +93,11 @@ class IndexSpec(BaseModel):
         """Keys to train on; 0 where there is nothing to train."""
         if self.kind in ("flat", "flat-fp16", "hnsw"):
             return 0
-        return max(SAMPLE_PER_LIST * self.lists, SAMPLE_LEAST)
+        lists = self.lists
+        if self.kind.startswith(FACTORY):
+            inverted = _faiss.try_extract_index_ivf(_from_factory(self.kind, self.dimension))
+            lists = inverted.nlist if inverted else 0
+        return max(SAMPLE_PER_LIST * lists, SAMPLE_LEAST)
 
     @property
     def subvectors(self) -> int:
@@ -236,11 +240,11 @@ def _float_blocks(blocks: Iterable[np.ndarray]) -> Iterable[tuple[int, np.ndarra
 
 
 def _copy_to_gpu(index: Any, spec: IndexSpec) -> Any:
-    """A copy of the index on this process's first GPU, or None for the kinds that FAISS has on CPUs only."""
+    """A copy of the index on this process's first GPU. Raises ValueError for the kinds that FAISS has on CPUs only."""
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
         raise ValueError("this process sees no GPU, or FAISS was built without: install the extra [gpu], not [cpu]")
     if spec.kind not in GPU_KINDS:
-        return None
+        raise ValueError(f"{spec.kind} is searched on CPUs only, and this shard owns a GPU: on GPUs are {GPU_KINDS}")
     copied = _faiss.index_cpu_to_gpu(_faiss.StandardGpuResources(), 0, index)
     if spec.lists:
         copied.nprobe = spec.probes

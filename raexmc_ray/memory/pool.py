@@ -12,10 +12,10 @@ import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raexmc_ray.cluster import living_nodes, refuse_unplaceable
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.hits import Hits, search_all
 from raexmc_ray.memory.index import Lists, use_threads
-from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.shard import Shard, join_keys, key_rows
 from raexmc_ray.memory.snapshot import Snapshot, open_snapshot
 from raexmc_ray.recipe import Neighbours
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 PUT_ABOVE_BYTES = 100_000
 """Larger queries are put in shared memory once; smaller ones travel inside each call."""
 
-
+OPENING_S = 1800.0
+"""For all shards to be copied from an object store, and read against their checksums."""
+SHARD_CPUS = 0.25
+"""What a shard's actor reserves, or less where all would not fit: most of the time it waits."""
 ANYWHERE = ""
 """The node of a copy that is spread over the cluster."""
 _Question = tuple[np.ndarray, Neighbours, Lists | None, Neighbours]
@@ -72,19 +75,23 @@ class ShardPool:
         memory: Folder,
         snapshot: Snapshot,
         *,
-        cpus: float = 0.25,
+        cpus: float = SHARD_CPUS,
         gpu: bool = False,
         timeout_s: float = 120.0,
         nodes: Sequence[str] = (),
     ) -> None:
         """cpus: what each actor reserves; it searches with as many threads, one at least. gpu: give each a GPU.
-        timeout_s: after which a call gives up on a shard. nodes: ids of those that get a copy."""
+        timeout_s: after which a call gives up on a shard. nodes: ids of those that get a copy. Raises ValueError where
+        the cluster has no room for all shards."""
         self.timeout_s = timeout_s
         self._quantizer = snapshot.quantizer()
         manifest = snapshot.manifest
         # Ray sees none of FAISS's memory: it must be told.
-        needed = shard_bytes(manifest.index, -(-manifest.keys // manifest.shards))
-        resources = {"num_cpus": cpus, "num_gpus": int(gpu), "memory": needed}
+        resources = {"num_cpus": cpus, "num_gpus": int(gpu), "memory": manifest.shard_memory}
+        if not nodes:
+            wanted = {"CPU": cpus, "memory": manifest.shard_memory} | ({"GPU": 1} if gpu else {})
+            remedy = "build the memory with more shards (memory.shards), or with an index of fewer bytes a key"
+            refuse_unplaceable("a shard's actor", wanted, remedy, manifest.shards)
         threads = max(1, int(cpus))
         self._copies: dict[str, list[Any]] = {}
         for node in nodes or [ANYWHERE]:
@@ -95,7 +102,7 @@ class ShardPool:
                 make.remote(memory, manifest.id, shard, threads, gpu) for shard in range(manifest.shards)
             ]
         for copy in self._copies.values():  # all of them open at the same time
-            self._ask(copy, "pid")
+            self._ask(copy, "pid", timeout_s=max(timeout_s, OPENING_S))
 
     @property
     def actors(self) -> list[Any]:
@@ -145,12 +152,13 @@ class ShardPool:
         """What each shard's `method` returns, in shard order."""
         return self._ask(self.actors, method, *arguments)
 
-    def _ask(self, actors: list[Any], method: str, *arguments: Any) -> list[Any]:
+    def _ask(self, actors: list[Any], method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        timeout_s = timeout_s or self.timeout_s
         calls = [getattr(actor, method).remote(*arguments) for actor in actors]
-        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=self.timeout_s)
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
         late = [shard for shard, call in enumerate(calls) if call not in ready]
         if late:
-            raise ShardUnavailableError(f"shards {late} did not answer within {self.timeout_s:g} s")
+            raise ShardUnavailableError(f"shards {late} did not answer within {timeout_s:g} s")
         answers = []
         for shard, call in enumerate(calls):
             try:
@@ -166,5 +174,6 @@ def open_in_actors(memory: Folder, snapshot: str | None = None, *, gpu: bool = F
     from raexmc_ray.local import Memory
 
     opened = open_snapshot(memory, snapshot)
-    pool = ShardPool(memory, opened, gpu=gpu)
+    there = sum(node["Resources"].get("CPU", 0) for node in living_nodes())
+    pool = ShardPool(memory, opened, cpus=min(SHARD_CPUS, there / (2 * opened.manifest.shards)), gpu=gpu)
     return Memory(opened, pool), pool

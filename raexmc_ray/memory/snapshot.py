@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raexmc_ray.files import FileEntry, Folder, Scratch
-from raexmc_ray.memory.index import CoarseQuantizer, IndexSpec, open_quantizer
+from raexmc_ray.memory.index import INDEX, VECTORS, CoarseQuantizer, IndexSpec, open_quantizer
 from raexmc_ray.recipe import PredictionSection
 
 if TYPE_CHECKING:
@@ -86,6 +86,15 @@ class Manifest(BaseModel):
     @property
     def keys(self) -> int:
         return self.instances + self.labels
+
+    @property
+    def shard_memory(self) -> int:
+        """Bytes that the process of the largest shard maps: its index, and what it rescores with."""
+        sizes: Counter[Path] = Counter()
+        for name, entry in self.files.items():
+            if Path(name).name in (INDEX, VECTORS):
+                sizes[Path(name).parent] += entry.size
+        return max(sizes.values())
 
     def bytes_by_part(self) -> dict[str, int]:
         """{index, vectors, keys, trained, labels, encoder: bytes}, of those there are, the largest first."""

@@ -28,7 +28,6 @@ from raexmc_ray.files import Folder
 from raexmc_ray.inputs import InputFile, find_inputs
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows
 from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
-from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.pool import ShardPool, ShardUnavailableError
 from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
@@ -104,7 +103,7 @@ def score(
     units = missing_units(output, cut)
     if not len(units) and (output / SUMMARY).size() is not None:
         return Summary.model_validate_json((output / SUMMARY).read())
-    task = _Task(memory, output, files, columns, job, _threads(cluster))
+    task = _Task(memory, output, files, columns, job, _threads(cluster), cluster.gpu)
     done = 0
     if len(units):
         todo = int(np.sum(units["rows"]))
@@ -134,7 +133,7 @@ def _places_of_shards(manifest: Manifest, cluster: ClusterSection) -> tuple[list
     waited for for ever; a shard searches with one thread in any case.
     """
     shards = manifest.shards
-    needed = shards * shard_bytes(manifest.index, -(-manifest.keys // shards))
+    needed = shards * manifest.shard_memory
     alive = {node["NodeID"]: node["Resources"] for node in living_nodes()}
     spare = {node: there.get("CPU", 0) - cluster.cpus_per_worker for node, there in alive.items()}
     nodes = [
@@ -163,6 +162,7 @@ class _Task:
     columns: Columns
     job: Job
     threads: int
+    gpu: bool
 
 
 class _UnitScorer:
@@ -172,7 +172,7 @@ class _UnitScorer:
         from raexmc_ray.encoder import use_hardware  # the driver does without torch
 
         encoder = open_snapshot(task.memory, task.job.snapshot).encoder()
-        self._encoder = use_hardware(encoder, task.threads, task.job.precision)
+        self._encoder = use_hardware(encoder, task.threads, task.job.precision, gpu=task.gpu)
         self._encoding = threading.Lock()
         self._task, self._pool, self._labels = task, pool, ray.get(labels)
         self._of_thread = threading.local()

@@ -7,7 +7,6 @@ from ray.serve import Application
 
 from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.files import Folder
-from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.serve.deployments import Encoder, MemoryShard
 from raexmc_ray.serve.environment import SLEEP_WHEN_IDLE
@@ -46,21 +45,21 @@ def build_app(settings: ServeSettings) -> Application:
         },
         **encoders,
         **common,
-    ).bind(memory, threads, settings.encoder_precision, settings.batch_texts)
+    ).bind(memory, threads, settings.encoder_gpus > 0, settings.encoder_precision, settings.batch_texts)
     # Ray sees none of FAISS's memory: it must be told. A roll-out has two snapshots open, but pages of files that
     # nobody reads any more are given back.
-    shard_memory = shard_bytes(manifest.index, -(-manifest.keys // manifest.shards))
     shards = [
         MemoryShard.options(  # type: ignore[attr-defined]  # serve.deployment's
             name=f"MemoryShard-{shard}",
             num_replicas=settings.shard_replicas,
             ray_actor_options={
                 "num_cpus": settings.shard_cpus,
-                "memory": shard_memory,
+                "num_gpus": settings.shard_gpus,
+                "memory": manifest.shard_memory,
                 "runtime_env": {"env_vars": SLEEP_WHEN_IDLE},
             },
             **common,
-        ).bind(memory, shard, max(1, int(settings.shard_cpus)))
+        ).bind(memory, shard, max(1, int(settings.shard_cpus)), settings.shard_gpus > 0)
         for shard in range(manifest.shards)
     ]
     ingress = Ingress.options(  # type: ignore[attr-defined]  # serve.deployment's

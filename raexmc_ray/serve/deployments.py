@@ -34,12 +34,12 @@ MAX_ONGOING = 1024
 class Encoder:
     """Texts to embeddings; the texts of calls that wait together are encoded together."""
 
-    def __init__(self, memory: Folder, threads: int, precision: Precision, batch_texts: int) -> None:
+    def __init__(self, memory: Folder, threads: int, gpu: bool, precision: Precision, batch_texts: int) -> None:
         def open_(snapshot: str) -> TextEncoder:
             # Not above: a shard's replica imports this module, and would start later by torch and transformers.
             from raexmc_ray.encoder import use_hardware
 
-            return use_hardware(open_snapshot(memory, snapshot).encoder(), threads, precision)
+            return use_hardware(open_snapshot(memory, snapshot).encoder(), threads, precision, gpu=gpu)
 
         self._encoders = Held(open_)
         self._batcher: Batcher[tuple[str, list[str]], np.ndarray] = Batcher(
@@ -74,9 +74,9 @@ class Encoder:
 class MemoryShard:
     """One shard of the memory."""
 
-    def __init__(self, memory: Folder, shard: int, threads: int) -> None:
+    def __init__(self, memory: Folder, shard: int, threads: int, gpu: bool) -> None:
         use_threads(threads)
-        self._shards = Held(lambda snapshot: Shard(open_snapshot(memory, snapshot), shard))
+        self._shards = Held(lambda snapshot: Shard(open_snapshot(memory, snapshot), shard, gpu=gpu))
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         await self.hold(config["snapshot"])

@@ -71,6 +71,8 @@ class ServeSettings(BaseModel):
     """Replicas of each shard; with two, nobody notices that one is lost."""
     shard_cpus: float = Field(0.1, gt=0)
     """CPUs that each shard replica reserves; it searches with as many threads, one at least."""
+    shard_gpus: float = Field(0.0, ge=0)
+    """GPUs of a shard replica: for the kinds of index flat, flat-fp16 and ivf-fp16."""
     batch_texts: int = Field(32, ge=1, le=1024)
     """Texts of waiting requests that are answered together, at most; a request of more is a batch of its own. More are
     good for a GPU; on CPUs they only make answers come in gusts."""
