@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both set up .venv by themselves.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak check format benchmarks clean
+.PHONY: help demo test test-all soak check format benchmarks clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,12 +24,15 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 help: ## Say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 
 demo: $(INSTALLED) ## The whole main job on a real corpus: train, embed, build, evaluate, serve, ask
 	@exec $(BIN)/python examples/demo.py
 
-test: $(INSTALLED) ## The whole test suite
+test: $(INSTALLED) ## The tests, but for those that take long or kill processes
+	@exec $(BIN)/python -m pytest -m "not slow and not faults"
+
+test-all: $(INSTALLED) ## The whole test suite, as CI runs it
 	@exec $(BIN)/python -m pytest
 
 soak: $(INSTALLED) ## All rounds of each kill, roll-out and fuzz test; results in benchmarks/results

@@ -101,6 +101,7 @@ def test_plan_says_what_a_memory_will_take() -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_build_over_any_encoder_then_evaluate_tune_and_score(tmp_path: Path, tiny_corpus: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_settings(tiny_corpus, tmp_path / "run")))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, tiny_settings
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_training_is_submitted_to_a_cluster(ray_cluster: str, tiny_corpus: Path, tmp_path: Path) -> None:

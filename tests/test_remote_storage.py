@@ -78,6 +78,7 @@ def test_a_memory_on_s3_answers_as_one_on_disk(bucket: str, tmp_path: Path, kind
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_cluster_builds_on_s3_and_its_actors_answer_from_there(bucket: str, tmp_path: Path, ray_cluster: str) -> None:
     corpus = read_corpus(write_tiny_corpus(tmp_path / "corpus"))
     settings = {
@@ -108,6 +109,7 @@ def test_a_cluster_builds_on_s3_and_its_actors_answer_from_there(bucket: str, tm
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_files_on_s3_are_scored_to_s3(bucket: str, small_memory: Path, tmp_path: Path, ray_cluster: str) -> None:
     texts = ["vim: editor", "", "emacs: editor"]
     (tmp_path / "a.txt").write_text("\n".join(texts))

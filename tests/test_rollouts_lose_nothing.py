@@ -29,7 +29,7 @@ from raexmc_ray.serve.run import APPLICATION, _client, _deployed, _wait, rollbac
 from raexmc_ray.serve.schema import ServeSettings
 from raexmc_ray.train.trainer import trained_encoder
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 TEXTS, COMMAND = 10, Path(sys.executable).parent / "raexmc"
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT, free_port
 
 from raexmc_ray.recipe import Recipe
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture

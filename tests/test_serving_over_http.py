@@ -200,6 +200,7 @@ def test_what_is_no_request_at_all_is_a_problem(served: str) -> None:
         assert json.loads(reply.text)["status"] == status
 
 
+@pytest.mark.slow
 def test_random_bodies_never_break_it(served: str) -> None:
     """Valid bodies, some with bytes changed, cut or doubled, and JSON of any shape: no 5xx, only problems."""
     rng = random.Random(1)
@@ -354,6 +355,7 @@ def test_query_prints_labels(served: str, tiny_texts: list[str], capsys: pytest.
     assert "cosine" in printed
 
 
+@pytest.mark.slow
 def test_a_flood_is_refused_and_not_queued(served: str, tiny_texts: list[str]) -> None:
     """Of far more callers than there are places, some are answered and the rest told when to come again."""
 

@@ -23,7 +23,7 @@ from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.score.run import score
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROWS, K, TOLERANCE = 500, 10, 1e-5
 
 

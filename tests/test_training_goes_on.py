@@ -39,6 +39,7 @@ def test_the_encoder_is_published_and_not_trained_twice(tiny_run: Recipe) -> Non
         trained_encoder(other, corpus)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_encoder_was_published_only_publishes_it(tiny_run: Recipe) -> None:
     corpus = read_corpus(tiny_run.corpus.path)
     folder = Path(trained_encoder(tiny_run, corpus).path)
@@ -155,6 +156,7 @@ def test_a_killed_node_changes_nothing_in_the_result(tiny_run: Recipe, tmp_path:
     assert same_weights(encoder, trained_encoder(tiny_run, read_corpus(tiny_run.corpus.path)))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_not_tried_again(tiny_run: Recipe, tmp_path: Path) -> None:
     settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path / "run", workers=1)
     settings["training"] |= {"learning_rate": 1e30, "warmup": 0}

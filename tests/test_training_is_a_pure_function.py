@@ -195,6 +195,7 @@ def test_whatever_a_run_follows_from_names_it(tiny_corpus: Path, tmp_path: Path)
     assert key() != unwatched, "other weights in the same folder"
 
 
+@pytest.mark.slow
 def test_a_compiled_encoder_trains_alike(tiny_corpus: Path, tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
