@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.gate import Gate
@@ -193,27 +193,47 @@ def test_the_gate_names_counts_and_logs_what_it_refuses(caplog: pytest.LogCaptur
 def test_the_gate_answers_where_serve_has_only_its_own_words(caplog: pytest.LogCaptureFixture) -> None:
     counted: list[tuple[str, int]] = []
 
-    async def lost(request: Request) -> Response:
-        return PlainTextResponse("ActorDiedError: /a/secret/path", 500)
+    replies = {
+        "/lost": PlainTextResponse("ActorDiedError: /a/secret/path", 500),
+        "/ours": Response('{"status": 500}', 500, media_type="application/problem+json"),
+    }
 
-    async def ours(request: Request) -> Response:
-        return Response('{"status": 500}', 500, media_type="application/problem+json")
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        if reply := replies.get(scope["path"]):
+            await reply(scope, receive, send)  # else nothing: so it is where a replica is lost before it has answered
 
-    routes = [Route("/lost", lost), Route("/ours", ours)]
-    app = Gate(Starlette(routes=routes), 1, lambda path, status, _: counted.append((path, status)))
+    app = Gate(serve, 1, lambda path, status, _: counted.append((path, status)))
 
     async def run() -> list[httpx.Response]:
         async with talk_to(app) as http:
-            return [await http.get(path, headers={"x-request-id": "abc-123"}) for path in ("/lost", "/ours")]
+            return [await http.get(path, headers={"x-request-id": path}) for path in ("/lost", "/silent", "/ours")]
 
     with caplog.at_level(logging.INFO, logger="ray.serve.access"):
-        of_serve, of_ours = asyncio.run(run())
-    assert (of_serve.status_code, of_serve.headers["retry-after"]) == (503, "1")
-    assert of_serve.json()["request_id"] == "abc-123"
-    assert "secret" not in of_serve.text
-    assert of_ours.json() == {"status": 500}
-    assert counted == [("/lost", 503)], "ours are counted where they are made"
-    assert [json.loads(record.message)["request"] for record in caplog.records] == ["abc-123"]
+        lost, silent, ours = asyncio.run(run())
+    for reply in (lost, silent):
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+        assert reply.json()["title"] == "Not available"
+        assert "secret" not in reply.text
+    assert ours.json() == {"status": 500}
+    assert counted == [("/lost", 503), ("/silent", 503)], "ours are counted where they are made"
+    assert [json.loads(record.message)["request"] for record in caplog.records] == ["/lost", "/silent"]
+
+
+def test_a_caller_that_left_is_no_refusal() -> None:
+    counted: list[str] = []
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def nothing(message: Message) -> None:
+        pytest.fail("there is nobody to tell")
+
+    gate = Gate(serve, 1, lambda path, *_: counted.append(path))
+    asyncio.run(gate({"type": "http", "path": "/v1/predict", "headers": [], "method": "POST"}, gone, nothing))
+    assert counted == []
 
 
 def test_whether_it_is_ready_is_asked_once_for_all_who_want_to_know() -> None:

@@ -21,6 +21,8 @@ from raexmc_ray.serve.metrics import request_counter
 from raexmc_ray.serve.schema import Limits
 
 REQUESTS = "RAEXMC_REQUESTS_AT_A_TIME"
+LOST = "Not available", "A part of the application did not answer; try again"
+"""Title and detail of the answer where Serve has none."""
 
 
 class Gate:
@@ -37,24 +39,32 @@ class Gate:
         if self._running >= self._limit:
             await self._refuse(scope, send, "Busy", f"{self._limit} requests are being answered; come again")
             return
-        refused = False
+        begun = refused = gone = False
+
+        async def heard() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone |= message["type"] == "http.disconnect"
+            return message
 
         async def as_a_problem(message: Message) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start" and (message["status"] >= 500 or message["status"] == 408):
+            nonlocal begun, refused
+            if message["type"] == "http.response.start":
                 kind = {bytes(name).lower(): bytes(value) for name, value in message["headers"]}.get(b"content-type")
-                refused = kind != PROBLEM_TYPE
+                failed = message["status"] >= 500 or message["status"] == 408
+                begun, refused = True, failed and kind != PROBLEM_TYPE
                 if refused:
-                    detail = "A part of the application did not answer; try again"
-                    await self._refuse(scope, send, "Not available", detail)
+                    await self._refuse(scope, send, *LOST)
             if not refused:
                 await send(message)
 
         self._running += 1
         try:
-            await self._app(scope, receive, as_a_problem)
+            await self._app(scope, heard, as_a_problem)
         finally:
             self._running -= 1
+        if not begun and not gone:  # of a replica that was lost before its answer began Serve says nothing at all
+            await self._refuse(scope, send, *LOST)
 
     async def _refuse(self, scope: Scope, send: Send, title: str, detail: str) -> None:
         started, path = time.perf_counter(), scope["path"]
