@@ -27,6 +27,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from raexmc_ray.cluster import KEEP_FREED_MEMORY, refuse_unplaceable
+from raexmc_ray.corpus.types import digest_strings
 from raexmc_ray.files import Folder, Scratch
 from raexmc_ray.inputs.rows import Columns
 from raexmc_ray.inputs.units import read_texts
@@ -304,7 +305,7 @@ def _digest(texts: pa.Table) -> str:
     """sha256 over ids and texts, and where each begins."""
     digest = hashlib.sha256()
     for name in ("id", "text"):
-        digest.update("\0".join(texts[name].to_pylist()).encode())
+        digest_strings(digest, texts[name])
     return digest.hexdigest()
 
 

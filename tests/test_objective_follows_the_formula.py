@@ -140,6 +140,9 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     section = TrainingSection(learning_rate=1.0, warmup=0.1)
     rates = [learning_rate(section, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == pytest.approx(1.0, abs=0.02)
+    assert max(rates) == 1.0
     assert rates[-1] < 0.02
     assert rates[10:] == sorted(rates[10:], reverse=True)
+    for warmup, steps in ((0.0, 1), (0.1, 12), (0.5, 10), (0.9, 10)):
+        section = TrainingSection(learning_rate=1.0, warmup=warmup)
+        assert max(learning_rate(section, step, steps) for step in range(steps)) <= 1.0

@@ -169,3 +169,15 @@ def test_a_loss_that_is_not_finite_is_not_tried_again(tiny_run: Recipe, tmp_path
     assert "uids of the batch: [" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob(SEAL)), "no checkpoint"
+    (curves,) = tmp_path.rglob("curves.jsonl")
+    assert json.loads(curves.read_text().splitlines()[0])["step"] == 1, "what led there"
+
+
+def test_a_folder_that_the_workers_do_not_see_is_said_before_the_first_step(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raexmc_ray.train.trainer._leave_mark", lambda run: "left on another node")
+    recipe = Recipe.parse(tiny_settings(Path(tiny_run.corpus.path), tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"2 of 2 workers do not see .*: set cluster\.storage to a folder that every"):
+        train(recipe, read_corpus(recipe.corpus.path))
+    assert not list(tmp_path.rglob("curves.jsonl"))

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 from numpy.typing import ArrayLike
+
+DIGESTED_AT_ONCE = 65_536
+"""Strings."""
 
 
 class CorpusError(ValueError):
@@ -57,7 +61,8 @@ class Split:
     def fingerprint(self) -> str:
         """sha256 over the uids, the relevance and the filter pairs: which rows are measured, and against what. Not over
         the texts: titles may be compared with titles and contents."""
-        digest = hashlib.sha256("\0".join(self.texts["uid"].to_pylist()).encode())
+        digest = hashlib.sha256()
+        digest_strings(digest, self.texts["uid"])
         for matrix in (self.relevance, self.filtered):
             for array in (matrix.indptr, matrix.indices):
                 digest.update(array.astype(np.int64).tobytes())
@@ -119,7 +124,7 @@ class Corpus:
         digest = hashlib.sha256()
         for table in (self.train.texts, self.labels):
             for name in ("uid", "text"):
-                digest.update("\0".join(table[name].to_pylist()).encode())
+                digest_strings(digest, table[name])
                 digest.update(b"\0\0")
         digest.update(self.train.relevance.indptr.astype(np.int64).tobytes())
         digest.update(self.train.relevance.indices.astype(np.int64).tobytes())
@@ -133,6 +138,14 @@ class Corpus:
             f"{len(self.test):,} test instances ({self.test.unlabelled:,} without a label), "
             f"{len(self.labels):,} labels, {self.train.relevance.nnz / rows:.2f} labels a row"
         )
+
+
+def digest_strings(digest: Any, strings: pa.ChunkedArray) -> None:
+    """Update a hash with these strings, a NUL between two of them: a slice at a time, since all of them joined would be
+    several times what they are here, at four bytes a character where one of them is beyond the BMP."""
+    for start in range(0, len(strings), DIGESTED_AT_ONCE):
+        joined = "\0".join(strings.slice(start, DIGESTED_AT_ONCE).to_pylist())
+        digest.update((("\0" if start else "") + joined).encode())
 
 
 def text_table(uids: Sequence[str], texts: Sequence[str]) -> pa.Table:

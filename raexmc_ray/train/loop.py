@@ -276,6 +276,8 @@ class Loop:
     def _not_finite(self, loss: float, rows_B: np.ndarray) -> NonFiniteLossError:
         self.checkpoints.wait()
         checkpoint = self.checkpoints.latest()
+        if self.rank == 0:
+            self.curves.write()  # what led there
         return NonFiniteLossError(
             f"the loss is {loss} or its gradient is not finite in step {self.state.step + 1}; training stopped and "
             f"wrote nothing from it. Last good checkpoint: {checkpoint.folder if checkpoint else 'none yet'}. uids of "

@@ -16,12 +16,15 @@ import scipy.sparse as sp
 import torch
 
 from raexmc_ray.encoder import TextEncoder, Tokens
+from raexmc_ray.memory.index import GPU_WIDTH
 from raexmc_ray.recipe import MiningSection
 from raexmc_ray.train.gather import gather
 from raexmc_ray.train.sampler import Mined
 
 QUERY_BLOCK = 4096
 """Queries of a rank that are searched at once."""
+BLOCK_RANKS = 8
+"""Ranks up to which each asks for so many queries at a time; more ranks ask for fewer."""
 LARGEST_EXACT = 200_000
 """Keys of a rank up to which its search is exact; beyond, an inverted file is searched in part."""
 NEIGHBOURS_PER_GROUP_MEMBER = 8
@@ -58,13 +61,15 @@ def search(queries: Part, keys: Part, k: int) -> tuple[np.ndarray, np.ndarray]:
 
     In the order (score descending, row ascending); −1 and −∞ where there are fewer than k keys.
     """
-    index = _index(keys.vectors)
     found = max(1, min(k, len(keys.vectors)))
-    blocks = -(-_rows_of_largest_part(queries) // QUERY_BLOCK)
+    index = _index(keys.vectors, found)
+    # All ranks' answers for all ranks' queries meet on each: what that takes must not grow with the square of them.
+    size = max(1, QUERY_BLOCK * BLOCK_RANKS // max(BLOCK_RANKS, queries.ranks))
+    blocks = -(-_rows_of_largest_part(queries) // size)
     rows, scores = [], []
     for block in range(blocks):
-        mine = queries.vectors[block * QUERY_BLOCK : (block + 1) * QUERY_BLOCK]
-        width = min(QUERY_BLOCK, _rows_of_largest_part(queries) - block * QUERY_BLOCK)
+        mine = queries.vectors[block * size : (block + 1) * size]
+        width = min(size, _rows_of_largest_part(queries) - block * size)
         asked = gather(torch.from_numpy(np.pad(mine, ((0, width - len(mine)), (0, 0))))).numpy()
         if len(keys.vectors):
             part_scores, places = index.search(asked, found)
@@ -129,8 +134,8 @@ def group_neighbours(
     return np.concatenate(members).astype(np.int64), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _index(vectors: np.ndarray) -> Any:
-    """An inner-product index of a rank's keys, on its GPU where FAISS can use one."""
+def _index(vectors: np.ndarray, k: int) -> Any:
+    """An inner-product index of a rank's keys, on its GPU where FAISS can use one and finds k keys there."""
     n, d = vectors.shape
     if n <= LARGEST_EXACT:
         index: Any = faiss.IndexFlatIP(d)
@@ -138,7 +143,7 @@ def _index(vectors: np.ndarray) -> Any:
         lists = int(4 * n**0.5)
         index = faiss.index_factory(d, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
         index.nprobe = 16
-    if getattr(faiss, "get_num_gpus", lambda: 0)() and torch.cuda.is_available():
+    if k <= GPU_WIDTH and getattr(faiss, "get_num_gpus", lambda: 0)() and torch.cuda.is_available():
         resources = faiss.StandardGpuResources()
         index = faiss.index_cpu_to_gpu(resources, torch.cuda.current_device(), index)
         index.resources = resources  # which must live as long as the index

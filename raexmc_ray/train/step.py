@@ -209,7 +209,7 @@ def learning_rate(settings: TrainingSection, step: int, steps: int) -> float:
     warmup = settings.warmup * steps
     if step + 1 < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * (steps - step) / max(steps - warmup, 1)
+    return settings.learning_rate * min(1.0, (steps - step) / max(steps - warmup, 1))
 
 
 def make_optimizer(tower: nn.Module, settings: TrainingSection) -> torch.optim.AdamW:

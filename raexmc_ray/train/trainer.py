@@ -27,11 +27,11 @@ from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
 from raexmc_ray.train.curves import PICTURE, draw_curves, read_curves
-from raexmc_ray.train.loop import NonFiniteLossError, TrainingData
+from raexmc_ray.train.loop import TrainingData
 from raexmc_ray.train.plan import Plan, refuse, worker_bytes
 from raexmc_ray.train.tokens import tokenize_on_cluster
 from raexmc_ray.train.validate import HeldOut
-from raexmc_ray.train.worker import flatten, train_worker
+from raexmc_ray.train.worker import MARK, flatten, train_worker
 
 DONE = "trained.json"
 POLL_S = 0.5
@@ -68,7 +68,11 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
     if last is None or not last.state["finished"]:
         raise RuntimeError(f"{run}: the workers ended without a last checkpoint: run the same command again")
     best = checkpoints.open(last.state["best_step"]) if last.state["best_step"] >= 0 else last
-    assert best is not None, "the best checkpoint is kept"
+    if best is None:
+        raise RuntimeError(
+            f"{checkpoints.at(last.state['best_step'])}: the best checkpoint is damaged or gone; the newest one is "
+            f"{last.encoder}, which `raexmc build --encoder` takes. Remove {run} to train again"
+        )
     _publish(best, last, target, recipe, corpus)
     return target
 
@@ -156,7 +160,8 @@ def _plan(recipe: Recipe, data: TrainingData, encoder: TextEncoder) -> Plan:
 
 
 def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) -> None:
-    """Until the workers have finished the run. Raises NonFiniteLossError, and Ray Train's errors."""
+    """Until the workers have finished the run. Raises NonFiniteLossError, ValueError where a worker does not see the
+    driver's folder, and Ray Train's errors."""
     cluster = recipe.cluster
     # With the driver, whose end it shares: on another node it would take the run down with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -167,6 +172,7 @@ def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) ->
             "recipe": recipe.model_dump(mode="json", by_alias=True),
             "data": ray.put(flatten(data)),
             "folder": str(run),
+            "mark": _leave_mark(run),
             "progress": progress,
         },
         scaling_config=ScalingConfig(
@@ -189,9 +195,16 @@ def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) ->
     with _same_interrupt(), _Watcher(progress, plan) as watcher:
         result = trainer.fit()
     if watcher.stopped:
-        raise NonFiniteLossError(watcher.stopped)
+        raise watcher.stopped
     if result.error is not None:
         raise result.error
+
+
+def _leave_mark(run: Folder) -> str:
+    """What the workers must find in the run's folder, or it is another node's."""
+    mark = uuid.uuid4().hex
+    (run / MARK).write(mark.encode())
+    return mark
 
 
 @contextmanager
@@ -228,18 +241,18 @@ class ProgressActor:
     def __init__(self) -> None:
         self._step = 0
         self._figures: dict[str, float] = {}
-        self._stopped = ""
+        self._stopped: Exception | None = None
 
     def update(self, step: int, figures: dict[str, float]) -> None:
         self._step = step
         self._figures |= figures
 
-    def stop(self, reason: str) -> None:
+    def stop(self, error: Exception) -> None:
         """The run cannot go on."""
-        self._stopped = reason
+        self._stopped = error
 
-    def get(self) -> tuple[int, dict[str, float], str]:
-        """(steps done, the last value of each figure, why the run cannot go on or "")."""
+    def get(self) -> tuple[int, dict[str, float], Exception | None]:
+        """(steps done, the last value of each figure, why the run cannot go on)."""
         return self._step, self._figures, self._stopped
 
 
@@ -255,7 +268,7 @@ class _Watcher:
         self._shown: int | None = None
         self._told_time = False
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.stopped = ""
+        self.stopped: Exception | None = None
 
     def __enter__(self) -> _Watcher:
         self._progress.__enter__()

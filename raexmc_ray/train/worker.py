@@ -15,17 +15,23 @@ import torch
 from raexmc_ray.encoder import TextEncoder, Tokens, bfloat16_is_native
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
+from raexmc_ray.train.gather import sum_over_ranks
 from raexmc_ray.train.loop import Loop, NonFiniteLossError, TrainingData
 from raexmc_ray.train.validate import HeldOut
 
 REPORT_EVERY_S = 1.0
+MARK = "driver"
+"""File in a run's folder by which a worker knows that it is the driver's."""
+MARK_S = 10.0
+"""For what the driver wrote to be seen on another node."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """The training of one worker.
 
     config: `recipe` (settings), `data` (an object reference to flat arrays, which all workers of a node read from
-    shared memory without a copy), `folder` (of the run), `progress` (handle of a ProgressActor).
+    shared memory without a copy), `folder` (of the run), `mark` (what the driver left there), `progress` (handle of a
+    ProgressActor).
     """
     recipe, progress = Recipe.parse(config["recipe"]), config["progress"]
     context = ray.train.get_context()
@@ -42,18 +48,36 @@ def train_worker(config: dict[str, Any]) -> None:
             reported = time.monotonic()
             progress.update.remote(step, figures)
 
+    folder = Folder.at(config["folder"])
+    strangers = count_strangers(folder / MARK, config["mark"], device)
+    if strangers:
+        if rank == 0:
+            said = f"{strangers} of {ranks} workers do not see what the driver wrote into {folder}"
+            error = ValueError(f"{said}: set cluster.storage to a folder that every node sees, NFS or the like")
+            ray.get(progress.stop.remote(error))
+        return
     data = unflatten(ray.get(config["data"]))
-    loop = Loop(recipe, data, encoder, Folder.at(config["folder"]), report, rank, ranks)
+    loop = Loop(recipe, data, encoder, folder, report, rank, ranks)
     try:
         state = loop.run()
     except NonFiniteLossError as error:
         # Not raised here: Ray Train would start again, from the same checkpoint into the same loss.
         if rank == 0:
-            ray.get(progress.stop.remote(str(error)))
+            ray.get(progress.stop.remote(error))
         return
     if rank == 0:
         ray.get(progress.update.remote(state.step, {}))
     ray.train.report({"step": state.step})
+
+
+def count_strangers(mark: Folder, content: str, device: torch.device) -> int:
+    """How many of all ranks do not find this content at `mark`: the same on every rank."""
+    ends = time.monotonic() + MARK_S
+    while not (seen := mark.size() is not None and mark.read() == content.encode()) and time.monotonic() < ends:
+        time.sleep(0.5)
+    strangers = torch.tensor(float(not seen), device=device)
+    sum_over_ranks([strangers])
+    return int(strangers)
 
 
 def make_encoder(recipe: Recipe, device: torch.device) -> TextEncoder:
