@@ -28,7 +28,7 @@ from raexmc_ray.files import Folder
 from raexmc_ray.inputs import InputFile, find_inputs
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows
 from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
-from raexmc_ray.memory.pool import ShardPool, ShardUnavailableError
+from raexmc_ray.memory.pool import SHARD_CPUS, ShardPool, ShardUnavailableError
 from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.progress import Progress
@@ -50,8 +50,8 @@ from raexmc_ray.score.predictions import no_predictions, predictions_table, reje
 
 BLOCKS = 4096
 """Pieces of work that Ray Data is given at most: a unit each, or several in a row where there are more units."""
-SHARD_CPUS, LEAST_CPUS = 0.25, 0.01
-"""What a shard actor reserves, and at least: most of the time it waits for the encoders."""
+LEAST_CPUS = 0.01
+"""What a shard actor reserves at least."""
 SHARD_PATIENCE_S = 1800.0
 """For a shard to be copied from an object store, and to answer where many encoders wait for it."""
 UNITS_AT_A_TIME = 2

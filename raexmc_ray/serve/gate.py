@@ -13,6 +13,7 @@ import json
 import os
 import time
 
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -50,9 +51,9 @@ class Gate:
         async def as_a_problem(message: Message) -> None:
             nonlocal begun, refused
             if message["type"] == "http.response.start":
-                kind = {bytes(name).lower(): bytes(value) for name, value in message["headers"]}.get(b"content-type")
+                kind = Headers(raw=message.get("headers", [])).get("content-type")
                 failed = message["status"] >= 500 or message["status"] == 408
-                begun, refused = True, failed and kind != PROBLEM_TYPE
+                begun, refused = True, failed and kind != PROBLEM_TYPE.decode()
                 if refused:
                     await self._refuse(scope, send, *LOST)
             if not refused:

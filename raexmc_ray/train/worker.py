@@ -53,7 +53,8 @@ def train_worker(config: dict[str, Any]) -> None:
     if strangers:
         if rank == 0:
             said = f"{strangers} of {ranks} workers do not see what the driver wrote into {folder}"
-            error = ValueError(f"{said}: set cluster.storage to a folder that every node sees, NFS or the like")
+            remedy = "set cluster.storage to a folder that every node sees, or end the other command that trains there"
+            error = ValueError(f"{said}: {remedy}")
             ray.get(progress.stop.remote(error))
         return
     data = unflatten(ray.get(config["data"]))
