@@ -67,7 +67,7 @@ def test_a_served_encoder_computes_in_the_precision_it_is_given(
     memory = raexmc_ray.open(small_memory)
 
     async def encode() -> np.ndarray:
-        encoder = Encoder.func_or_class(Folder.at(small_memory), torch.get_num_threads(), precision, 32)
+        encoder = Encoder.func_or_class(Folder.at(small_memory), torch.get_num_threads(), False, precision, 32)
         await encoder.hold(memory.manifest.id)
         return await encoder.encode(memory.manifest.id, tiny_texts)
 

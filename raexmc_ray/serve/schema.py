@@ -175,7 +175,8 @@ class PredictRequest(_Asked):
     neighbours: Joint | Apart | None = Field(None, examples=[{"joint": 200}])
     """How many keys are retrieved: of all, or of instances and labels apart."""
     evidence: Integer = Field(0, ge=0, le=100, examples=[3])
-    """How many keys are named for each label as its evidence."""
+    """How many keys are named for each label as its evidence. Texts × k × (1 + evidence) is limited, too: see
+    `limits.entries` of the memory's reply."""
     labels_allowed: Annotated[list[Uid], Field(max_length=MAX_FILTER)] | None = Field(None, examples=[["vim", "nano"]])
     """Uids of labels: no others are answered. Of what was retrieved; scores stay what they are."""
     labels_blocked: Annotated[list[Uid], Field(max_length=MAX_FILTER)] | None = Field(None, examples=[["emacs"]])
