@@ -2,7 +2,9 @@
 machine: built in bounded memory, and searched beside one FAISS index of the same kind, threads and vectors.
 
 The vectors are synthetic (see `_scale.py`); queries come from the same clusters. The single index is made by
-FAISS itself of the same trained quantiser and the same keys; both look into the same number of lists.
+FAISS itself of the same trained quantiser and the same keys; both look into the same number of lists: the default's,
+and then the fewest with which these vectors reach the recall, where there is next to nothing to search in a list, and
+what the calls between processes take counts most.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +141,6 @@ def single_index(plan: SnapshotPlan, trained: bytes, embeddings: Embeddings) -> 
     for shard in range(SHARDS):
         for block_ND in embeddings.of_shard(shard):
             index.add(block_ND.astype(np.float32))
-    index.nprobe = plan.index.probes
     if not plan.index.has_vectors:
         return index
     keys: Any = faiss.IndexScalarQuantizer(DIMENSION, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
@@ -204,35 +206,54 @@ def measure(
     files = {name: entry for part in entries for name, entry in part.items()}
     index_bytes = sum(entry.size for name, entry in files.items() if name.endswith((INDEX, VECTORS)))
     half = len(queries_BD) - B
-    spec = spec.model_copy(update={"probes": choose_probes(plan, trained, queries_BD[half:], exact_Bb[half:])})
-    plan = SnapshotPlan(plan.memory, plan.id, SHARDS, spec)
     publish_scale(plan, trained, files)
-    neighbours = Neighbours(joint=NEIGHBOURS)
+    fewest = choose_probes(plan, trained, queries_BD[half:], exact_Bb[half:])
     faiss.omp_set_num_threads(THREADS)
     index = single_index(plan, trained, embeddings)
-    starts = np.cumsum([0] + [keys_of(shard) for shard in range(SHARDS)])
-    places = index.search(queries_BD[:half], NEIGHBOURS)[1]
-    shard = np.searchsorted(starts, places, side="right") - 1
-    ids = np.where(places >= 0, shard + SHARDS * (places - starts[shard]), -1)
     read_once(plan)
-    started = time.perf_counter()
+    at_default, at_fewest = (
+        beside_single(plan, index, probes, queries_BD[:half], exact_Bb[:half]) for probes in (spec.probes, fewest)
+    )
     with ShardPool(plan.memory, open_snapshot(plan.memory), cpus=THREADS / SHARDS) as pool:
-        open_s = time.perf_counter() - started
-        found = [pool.search(queries_BD[i : i + B], neighbours).key_ids_Bb for i in range(0, half, B)]
-        searches = {"sharded": lambda q: pool.search(q, neighbours), "single": lambda q: index.search(q, NEIGHBOURS)}
-        measured = rates(searches, queries_BD[:half])
-        restart_s = restart(lambda: pool.search(queries_BD[:1], neighbours), pool.actors[0])
+        restart_s = restart(lambda: pool.search(queries_BD[:1], Neighbours(joint=NEIGHBOURS)), pool.actors[0])
         nothing = Nothing.remote()  # type: ignore[attr-defined]  # ray.remote's
         nothing_s = restart(lambda: ray.get(nothing.pid.remote()), nothing)
     planned = SHARDS * shard_bytes(spec, -(-KEYS // SHARDS))
     return {
-        "lists": spec.lists, "probes": spec.probes, "build_s": round(build_s, 1), "open_s": round(open_s, 2),
+        "lists": spec.lists, "build_s": round(build_s, 1),
         "restart_s": round(restart_s, 2), "restart_of_an_empty_actor_s": round(nothing_s, 2),
         "index_bytes": index_bytes, "planned_bytes": planned,
         "peak_of_one_writer_bytes": peak.one, "peak_of_all_writers_bytes": peak.all,
-        "sharded": {"recall": round(recall(np.concatenate(found), exact_Bb[:half]), 4), **measured["sharded"]},
-        "single": {"recall": round(recall(ids, exact_Bb[:half]), 4), **measured["single"]},
+        "default probes": at_default, "fewest probes": at_fewest,
     }  # fmt: skip
+
+
+def beside_single(
+    plan: SnapshotPlan, index: Any, probes: int, queries_BD: np.ndarray, exact_Bb: np.ndarray
+) -> dict[str, Any]:
+    """Recall and rates of the shards and of the single index, where both look into so many lists."""
+    _faiss.ParameterSpace().set_index_parameter(index, "nprobe", probes)
+    neighbours = Neighbours(joint=NEIGHBOURS)
+    starts = np.cumsum([0] + [keys_of(shard) for shard in range(SHARDS)])
+    places = np.concatenate([index.search(queries_BD[i : i + B], NEIGHBOURS)[1] for i in range(0, len(queries_BD), B)])
+    shard = np.searchsorted(starts, places, side="right") - 1
+    ids = np.where(places >= 0, shard + SHARDS * (places - starts[shard]), -1)
+    snapshot = open_snapshot(plan.memory)
+    spec = snapshot.manifest.index.model_copy(update={"probes": probes})
+    snapshot = replace(snapshot, manifest=snapshot.manifest.model_copy(update={"index": spec}))
+    started = time.perf_counter()
+    with ShardPool(plan.memory, snapshot, cpus=THREADS / SHARDS) as pool:
+        open_s = time.perf_counter() - started
+        found = [pool.search(queries_BD[i : i + B], neighbours).key_ids_Bb for i in range(0, len(queries_BD), B)]
+        searches = {"sharded": lambda q: pool.search(q, neighbours), "single": lambda q: index.search(q, NEIGHBOURS)}
+        measured = rates(searches, queries_BD)
+    return {
+        "probes": probes,
+        "open_s": round(open_s, 2),
+        "sharded": {"recall": round(recall(np.concatenate(found), exact_Bb), 4), **measured["sharded"]},
+        "single": {"recall": round(recall(ids, exact_Bb), 4), **measured["single"]},
+        "queries_per_s_ratio": round(measured["sharded"]["queries_per_s"] / measured["single"]["queries_per_s"], 3),
+    }
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)
@@ -272,15 +293,17 @@ def main() -> None:
         with connected():
             figures[kind] = measured = measure(kind, embeddings, table, queries_BD, exact_Bb)
         print(kind, measured, flush=True)
-        sharded, single = measured["sharded"], measured["single"]
-        ratio = sharded["queries_per_s"] / single["queries_per_s"]
-        figures[kind]["queries_per_s_ratio"] = round(ratio, 3)
         block = 16 * UNIT_KEYS * DIMENSION * 4 / SHARDS
         peak, limit = measured["peak_of_all_writers_bytes"], 1.3 * measured["index_bytes"] + block
         planned = abs(measured["planned_bytes"] / measured["index_bytes"] - 1)
+        for lists in ("default probes", "fewest probes"):
+            sharded, ratio = measured[lists]["sharded"], measured[lists]["queries_per_s_ratio"]
+            searched = f"{kind}, {measured[lists]['probes']} lists"
+            targets += [
+                at_least(f"{searched}: recall@100 of the shards", sharded["recall"], RECALL),
+                at_least(f"{searched}: queries/s at batch {B}, shards / single index", ratio, 0.85),
+            ]
         targets += [
-            at_least(f"{kind}: recall@100 of the shards", sharded["recall"], RECALL),
-            at_least(f"{kind}: queries/s at batch {B}, shards / single index", ratio, 0.85),
             below(f"{kind}: GiB of all writers", peak / 2**30, limit / 2**30),
             below(f"{kind}: planned bytes are off by", planned, 0.15),
             below(f"{kind}: seconds until a killed shard answers", measured["restart_s"], 1.0),

@@ -41,14 +41,14 @@ def weights(encoder: TextEncoder) -> torch.Tensor:
 def test_it_brings_everything_back(trained: tuple, tmp_path: Path) -> None:
     encoder, optimizer = trained
     checkpoints = Checkpoints(Folder.at(tmp_path), keep=2)
-    checkpoints.write(7, encoder, optimizer, {"step": 7, "best": None}, -1)
+    checkpoints.write(7, encoder, optimizer, {"step": 7, "best_step": -1})
     before = weights(encoder)
     step(encoder, optimizer)  # what comes after the call is not in it
     after = weights(encoder)
     checkpoints.wait()
     found = checkpoints.latest()
     assert found is not None
-    assert (found.step, found.state) == (7, {"step": 7, "best": None})
+    assert (found.step, found.state) == (7, {"step": 7, "best_step": -1})
     other = TextEncoder.load(MODEL, layers=1, max_tokens=8)
     restored = make_optimizer(other, TrainingSection())
     found.restore(other, restored)
@@ -63,7 +63,7 @@ def test_what_is_torn_or_altered_is_passed_over(
 ) -> None:
     checkpoints = Checkpoints(Folder.at(tmp_path), keep=9)
     for number in (1, 2):
-        checkpoints.write(number, *trained, {"step": number}, -1)
+        checkpoints.write(number, *trained, {"step": number, "best_step": -1})
     checkpoints.wait()
     newest = tmp_path / "step-00000002"
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
@@ -95,9 +95,22 @@ def test_what_is_torn_or_altered_is_passed_over(
 def test_the_newest_and_the_best_stay(trained: tuple, tmp_path: Path) -> None:
     checkpoints = Checkpoints(Folder.at(tmp_path), keep=2)
     for number in range(1, 6):
-        checkpoints.write(number, *trained, {"step": number}, best=2 if number >= 2 else 1)
+        checkpoints.write(number, *trained, {"step": number, "best_step": 2 if number >= 2 else 1})
     checkpoints.wait()
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{n:08d}" for n in (2, 4, 5)]
+
+
+def test_the_best_of_each_that_stays_stays_with_it(trained: tuple, tmp_path: Path) -> None:
+    """A new best at step 5, whose checkpoint is damaged then: the run goes on from 4, whose best was 2."""
+    checkpoints = Checkpoints(Folder.at(tmp_path), keep=2)
+    for number, best in ((2, 2), (3, 2), (4, 2), (5, 5)):
+        checkpoints.write(number, *trained, {"step": number, "best_step": best})
+    checkpoints.wait()
+    (tmp_path / "step-00000005" / "state.json").write_text("{}")
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.step == 4
+    assert checkpoints.open(found.state["best_step"]) is not None
 
 
 @pytest.mark.parametrize("damage", ["torn", "altered"])
@@ -105,7 +118,7 @@ def test_what_is_not_whole_does_not_count_among_the_newest(damage: str, trained:
     """A run whose checkpoint 10 is lost goes on from 5; asked for more checkpoints from now on, it writes 7 first."""
     checkpoints = Checkpoints(Folder.at(tmp_path), keep=1)
     for number in (10, 5):
-        checkpoints.write(number, *trained, {"step": number}, best=10)
+        checkpoints.write(number, *trained, {"step": number, "best_step": 10})
     checkpoints.wait()
     if damage == "torn":
         (tmp_path / "step-00000010" / SEAL).unlink()
@@ -114,7 +127,7 @@ def test_what_is_not_whole_does_not_count_among_the_newest(damage: str, trained:
     found = checkpoints.latest()
     assert found is not None
     assert found.step == 5
-    checkpoints.write(7, *trained, {"step": 7}, best=-1)
+    checkpoints.write(7, *trained, {"step": 7, "best_step": -1})
     checkpoints.wait()
     found = checkpoints.latest()
     assert found is not None
@@ -132,7 +145,7 @@ def test_training_does_not_wait_for_it(trained: tuple, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(TextEncoder, "save", slow_save)
     checkpoints = Checkpoints(Folder.at(tmp_path), keep=2)
-    checkpoints.write(1, *trained, {"step": 1}, -1)
+    checkpoints.write(1, *trained, {"step": 1, "best_step": -1})
     assert checkpoints.latest() is None, "the call is back before the checkpoint is there"
     gate.set()
     checkpoints.wait()
@@ -142,6 +155,6 @@ def test_training_does_not_wait_for_it(trained: tuple, tmp_path: Path, monkeypat
 def test_a_write_that_fails_is_an_error(trained: tuple, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     checkpoints = Checkpoints(Folder.at(tmp_path / "checkpoints"), keep=2)
-    checkpoints.write(1, *trained, {"step": 1}, -1)
+    checkpoints.write(1, *trained, {"step": 1, "best_step": -1})
     with pytest.raises(OSError):
         checkpoints.wait()

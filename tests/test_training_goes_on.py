@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
 from conftest import ROOT, tiny_settings
 from safetensors.numpy import load_file
@@ -23,7 +24,7 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import SEAL
-from raexmc_ray.train.trainer import train, trained_encoder
+from raexmc_ray.train.trainer import LOCK, train, trained_encoder
 
 pytestmark = pytest.mark.ray
 CHECKPOINTS = {"checkpoint_every": 2}
@@ -133,6 +134,54 @@ def test_a_killed_driver_goes_on_by_the_same_command(tiny_run: Recipe, ray_clust
     loaded = Recipe.load(recipe)
     encoder = trained_encoder(loaded, read_corpus(loaded.corpus.path))
     assert same_weights(encoder, trained_encoder(tiny_run, read_corpus(tiny_run.corpus.path)))
+
+
+@pytest.mark.faults
+def test_two_commands_do_not_train_the_same_run(tiny_run: Recipe, ray_cluster: str, tmp_path: Path) -> None:
+    settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path / "run", workers=1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    loaded = Recipe.load(recipe)
+    corpus = read_corpus(loaded.corpus.path)
+    command = [sys.executable, "-m", "raexmc_ray.cli", "train", "--recipe", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT) as other:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.rglob(LOCK)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(ValueError, match=r"another command is training this recipe .*/training/"):
+            train(loaded, corpus)
+        other.kill()
+    assert Path(train(loaded, corpus).path).exists(), "the lock went with its holder"
+
+
+def test_a_busy_cluster_is_named(
+    tiny_run: Recipe,
+    ray_cluster: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another job has three of four CPUs until the warning is there; then the training runs."""
+    monkeypatch.setattr("raexmc_ray.train.trainer.BUSY_S", 2.0)
+    settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path, workers=1)
+    recipe = Recipe.parse(settings, ["cluster.cpus_per_worker=2"])
+    corpus = read_corpus(recipe.corpus.path)
+    holder = Holder.options(num_cpus=3).remote()
+    ray.get(holder.__ray_ready__.remote())
+    training = threading.Thread(target=train, args=(recipe, corpus))
+    training.start()
+    deadline = time.monotonic() + 60
+    while "no worker has begun after 2 s; the cluster has 1 of 4 CPU free now" not in caplog.text:
+        assert time.monotonic() < deadline, caplog.text
+        time.sleep(0.1)
+    ray.kill(holder)
+    training.join()
+    assert trained_encoder(recipe, corpus)
+
+
+@ray.remote
+class Holder:
+    """Holds what it is given."""
 
 
 @pytest.mark.faults

@@ -54,6 +54,14 @@ def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path
             r"only 228 training instances have a label and are not held out for training\.evaluation: make the batch",
         ),
         (
+            ["training.evaluation.every=1", "training.evaluation.holdout=0.001"],
+            r"training\.evaluation\.holdout is 0\.001, and of the 0 rows held out none has a label .*: make it larger",
+        ),
+        (
+            ["training.evaluation.every=1", "corpus.propensity_b=0"],
+            r"corpus\.propensity_b is 0, and a label without a training instance",
+        ),
+        (
             ["cluster.storage=mock:///run"],
             r"is mock://run, .* checkpoints in a folder: set it to one",
         ),

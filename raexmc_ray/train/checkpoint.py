@@ -94,12 +94,10 @@ class Checkpoints:
         logger.warning("%s: this checkpoint is damaged and is passed over", folder)
         return None
 
-    def write(
-        self, step: int, encoder: TextEncoder, optimizer: torch.optim.Optimizer, state: dict[str, Any], best: int
-    ) -> None:
+    def write(self, step: int, encoder: TextEncoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Start to write the checkpoint of this step; training goes on. A write under way is waited for first.
 
-        best: the step of the best checkpoint, which stays, too; −1 for none.
+        state: its `best_step` names the best checkpoint so far, which stays as long as this one; −1 for none.
         """
         self.wait()
         weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in encoder.model.state_dict().items()}
@@ -114,7 +112,7 @@ class Checkpoints:
             save_file(moments, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state))
 
-        self._pending = self._writer.submit(self._write, step, save, best)
+        self._pending = self._writer.submit(self._write, step, save)
 
     def wait(self) -> None:
         """Until no write is under way. Raises what the write raised."""
@@ -122,7 +120,7 @@ class Checkpoints:
             self._pending.result()
             self._pending = None
 
-    def _write(self, step: int, save: Callable[[Path], None], best: int) -> None:
+    def _write(self, step: int, save: Callable[[Path], None]) -> None:
         folder = self.at(step)
         if (folder / SEAL).size() is not None:  # of an earlier life of this run: about to be replaced by its equal
             folder.filesystem.delete_file((folder / SEAL).path)
@@ -132,19 +130,28 @@ class Checkpoints:
             files = {str(p.relative_to(local)): describe_file(p) for p in sorted(local.rglob("*")) if p.is_file()}
         seal = {"format_version": 1, "files": {name: entry.model_dump() for name, entry in files.items()}}
         (folder / SEAL).write(json.dumps(seal, indent=2).encode())
-        self._drop_old(step, best)
+        self._drop_old(step)
 
-    def _drop_old(self, newest: int, best: int) -> None:
-        """Delete all but the newest few whole ones and the best: the seal first, so that what is half deleted is not
-        whole. What is of a later step than the newest is not whole, or the run had gone on from there."""
+    def _drop_old(self, newest: int) -> None:
+        """Delete all but the newest few whole ones and the best that each of them names, for the run may have to go on
+        from any of them: the seal first, so that what is half deleted is not whole. What is of a later step than the
+        newest is not whole, or the run had gone on from there."""
         whole = [step for step in self.steps() if step <= newest and (self.at(step) / SEAL).size() is not None]
-        kept = {*whole[-self._keep :], best}
+        kept = set(whole[-self._keep :])
+        kept |= {self._best_of(step) for step in kept}
         for step in self.steps():
             if step not in kept:
                 folder = self.at(step)
                 if (folder / SEAL).size() is not None:
                     folder.filesystem.delete_file((folder / SEAL).path)
                 folder.filesystem.delete_dir(folder.path)
+
+    def _best_of(self, step: int) -> int:
+        """The step of the best checkpoint that this one names; −1 where it is damaged: no run goes on from it."""
+        try:
+            return int(json.loads((self.at(step) / STATE).read())["best_step"])
+        except (ValueError, KeyError, OSError):
+            return -1
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +41,8 @@ from raexmc_ray.train.step import (
 )
 from raexmc_ray.train.validate import HeldOut, validate
 
+AHEAD = 2
+"""Batches that are prepared, each in a thread of its own, while one is trained on."""
 LINES = 500
 """Lines of the curves in a whole run, evaluations aside."""
 TIMED_STEPS = 5
@@ -189,7 +193,7 @@ class Loop:
             self.report(self.state.step, {"seconds_per_step": (self._ends[-1] - self._ends[0]) / TIMED_STEPS})
 
     def _batches(self, epoch: int, first: int) -> Iterator[Prepared]:
-        """The batches of an epoch; the next one is prepared while one is trained on."""
+        """The batches of an epoch; the next ones are prepared while one is trained on."""
 
         def make(step: int) -> Prepared:
             batch = self.sampler.batch(epoch, step)
@@ -197,12 +201,13 @@ class Loop:
             tokens = self.data.instances, self.data.labels
             return prepare(batch, self.encoder, *tokens, self.settings, place, self.rank, self.ranks)
 
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-            coming = thread.submit(make, first)
-            for step in range(first + 1, self.sampler.steps):
-                prepared, coming = coming.result(), thread.submit(make, step)
+        with ThreadPoolExecutor(AHEAD, thread_name_prefix="batches") as threads:
+            steps = iter(range(first, self.sampler.steps))
+            coming = deque(threads.submit(make, step) for step in islice(steps, AHEAD))
+            while coming:
+                prepared = coming.popleft().result()
+                coming.extend(threads.submit(make, step) for step in islice(steps, 1))
                 yield prepared
-            yield coming.result()
 
     def _step(self, prepared: Prepared) -> float:
         """One step of the optimiser; returns its learning rate."""
@@ -258,8 +263,7 @@ class Loop:
     def _save(self) -> None:
         if self.rank == 0:
             with self.meter("checkpoint"):
-                state = self.state
-                self.checkpoints.write(state.step, self.encoder, self.optimizer, asdict(state), state.best_step)
+                self.checkpoints.write(self.state.step, self.encoder, self.optimizer, asdict(self.state))
                 self.curves.write()
 
     def _embed(self) -> tuple[Part, Part]:

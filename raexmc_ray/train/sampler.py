@@ -140,13 +140,17 @@ class Sampler:
         return order
 
     def _draw_positives(self, relevance: sp.csr_matrix, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(row, label) of up to P labels of each row, uniformly and without replacement."""
-        counts = np.diff(relevance.indptr)
-        rows = np.repeat(np.arange(len(counts)), counts)
-        shuffled = np.lexsort((rng.random(len(rows)), rows))
-        rank = np.arange(len(rows)) - np.repeat(relevance.indptr[:-1], counts)
-        chosen = shuffled[rank < self.positives]
-        return rows[chosen], relevance.indices[chosen].astype(np.int64)
+        """(row, label) of up to P labels of each row, uniformly and without replacement: those of the least lots."""
+        starts, counts = relevance.indptr[:-1], np.diff(relevance.indptr)
+        rows, lots = np.repeat(np.arange(len(counts)), counts), rng.random(relevance.nnz)
+        chosen = []
+        for _ in range(self.positives):  # no sort of all pairs: a batch of a large corpus has half a million
+            least = np.minimum.reduceat(lots, starts)
+            places = np.flatnonzero((lots == np.repeat(least, counts)) & (lots < 1))
+            lots[places] = 1
+            chosen.append(places)
+        places = np.concatenate(chosen)
+        return rows[places], relevance.indices[places].astype(np.int64)
 
     def _draw_mined(self, rows_B: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """int64: up to M of each row's nearest wrong labels, uniformly and without replacement."""
@@ -161,8 +165,10 @@ class Sampler:
 
 def _known(relevance: sp.csr_matrix, labels_C: np.ndarray) -> sp.csr_matrix:
     """CSR bool [rows, C]: the labels of labels_C (ascending) that `relevance` has."""
-    at = np.searchsorted(labels_C, relevance.indices)
-    found = labels_C[np.minimum(at, len(labels_C) - 1)] == relevance.indices
+    column = np.full(relevance.shape[1], -1, np.int32)
+    column[labels_C] = np.arange(len(labels_C))
+    at = column[relevance.indices]
+    found = at >= 0
     kept = np.concatenate([[0], np.cumsum(found)])
     columns = at[found]
     shape = (relevance.shape[0], len(labels_C))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from filelock import FileLock, Timeout
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,6 +27,7 @@ from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder, Scratch, describe_file
+from raexmc_ray.metrics import inverse_propensity
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
@@ -34,7 +39,10 @@ from raexmc_ray.train.validate import HeldOut
 from raexmc_ray.train.worker import MARK, flatten, train_worker
 
 DONE = "trained.json"
+LOCK = "lock"
 POLL_S = 0.5
+BUSY_S = 30.0
+"""Until it is said that no worker has begun: they import torch for a part of it."""
 MODEL_FILES = {".json", ".safetensors", ".txt", ".model"}
 """What config, weights and tokenizer of a model are in, by suffix."""
 logger = logging.getLogger("raexmc_ray")
@@ -53,6 +61,14 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
         return target
     refuse(recipe, count_trained(recipe, corpus))
     run = run_folder(recipe, key)
+    with _alone(run):
+        best, last = _trained(recipe, corpus, run)
+        _publish(best, last, target, recipe, corpus)
+    return target
+
+
+def _trained(recipe: Recipe, corpus: Corpus, run: Folder) -> tuple[Checkpoint, Checkpoint]:
+    """(the best checkpoint, the last one) of a run that is finished now."""
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
     data = training_data(recipe, corpus, encoder)
     plan = _plan(recipe, data, encoder)
@@ -73,8 +89,7 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
             f"{checkpoints.at(last.state['best_step'])}: the best checkpoint is damaged or gone; the newest one is "
             f"{last.encoder}, which `raexmc build --encoder` takes. Remove {run} to train again"
         )
-    _publish(best, last, target, recipe, corpus)
-    return target
+    return best, last
 
 
 def count_trained(recipe: Recipe, corpus: Corpus) -> int:
@@ -86,14 +101,22 @@ def count_trained(recipe: Recipe, corpus: Corpus) -> int:
 
 
 def training_data(recipe: Recipe, corpus: Corpus, encoder: TextEncoder) -> TrainingData:
-    """The corpus as flat arrays; where the recipe evaluates while training, with a slice held out."""
+    """The corpus as flat arrays; where the recipe evaluates while training, with a slice held out.
+
+    Raises ValueError where nothing could be measured on that slice.
+    """
     evaluation, held_out = recipe.training.evaluation, None
     if evaluation.every:
         corpus = corpus.hold_out(evaluation.holdout, _held_out_seed(recipe))
-        test = corpus.test
-        held_out = HeldOut(
-            tokenize_on_cluster(encoder, test.texts["text"], "held-out rows"), test.relevance, test.filtered
-        )
+        test, section = corpus.test, recipe.corpus
+        if not test.relevance.nnz:
+            raise ValueError(
+                f"training.evaluation.holdout is {evaluation.holdout}, and of the {len(test):,} rows held out none has "
+                "a label that the others have, too: make it larger, or set training.evaluation.every to 0"
+            )
+        weights_L = inverse_propensity(corpus.train.relevance, section.propensity_a, section.propensity_b)
+        tokens = tokenize_on_cluster(encoder, test.texts["text"], "held-out rows")
+        held_out = HeldOut(tokens, test.relevance, test.filtered, weights_L)
     instances = tokenize_on_cluster(encoder, corpus.train.texts["text"], "instances")
     labels = tokenize_on_cluster(encoder, corpus.labels["text"], "labels")
     return TrainingData(corpus.train.texts["uid"], instances, labels, corpus.train.relevance, held_out)
@@ -208,6 +231,25 @@ def _leave_mark(run: Folder) -> str:
 
 
 @contextmanager
+def _alone(run: Folder) -> Iterator[None]:
+    """While no other command trains this run: two would write over each other's checkpoints. The kernel takes the lock
+    back whatever ends its holder. Raises ValueError."""
+    Path(run.path).mkdir(parents=True, exist_ok=True)
+    lock = FileLock((run / LOCK).path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"another command is training this recipe on this corpus, in {run}: wait for it, or end it; this one would "
+            "then go on from its last checkpoint"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def _same_interrupt() -> Iterator[None]:
     """Give Ctrl-C its meaning back afterwards: Ray Train leaves its own handler there, which calls a dead actor."""
     handler = signal.getsignal(signal.SIGINT)
@@ -234,26 +276,40 @@ def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe,
     (target / DONE).write(json.dumps(details, indent=2).encode())
 
 
+@dataclass
+class Standing:
+    """How far a training is."""
+
+    begun: bool = False
+    """Whether there was room for its workers."""
+    step: int = 0
+    """Steps done."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """The last value of each."""
+    stopped: Exception | None = None
+    """Why the run cannot go on."""
+
+
 @ray.remote(num_cpus=0)
 class ProgressActor:
     """Where the first worker says how far it is, and the driver reads it."""
 
     def __init__(self) -> None:
-        self._step = 0
-        self._figures: dict[str, float] = {}
-        self._stopped: Exception | None = None
+        self._standing = Standing()
+
+    def begin(self) -> None:
+        self._standing.begun = True
 
     def update(self, step: int, figures: dict[str, float]) -> None:
-        self._step = step
-        self._figures |= figures
+        self._standing.step = step
+        self._standing.figures |= figures
 
     def stop(self, error: Exception) -> None:
         """The run cannot go on."""
-        self._stopped = error
+        self._standing.stopped = error
 
-    def get(self) -> tuple[int, dict[str, float], Exception | None]:
-        """(steps done, the last value of each figure, why the run cannot go on)."""
-        return self._step, self._figures, self._stopped
+    def get(self) -> Standing:
+        return self._standing
 
 
 class _Watcher:
@@ -267,6 +323,7 @@ class _Watcher:
         self._end = threading.Event()
         self._shown: int | None = None
         self._told_time = False
+        self._busy_at = time.monotonic() + BUSY_S
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.stopped: Exception | None = None
 
@@ -288,7 +345,11 @@ class _Watcher:
             self._show()
 
     def _show(self) -> None:
-        step, figures, self.stopped = ray.get(self._actor.get.remote())
+        standing = ray.get(self._actor.get.remote())
+        self.stopped, step, figures = standing.stopped, standing.step, standing.figures
+        if not standing.begun and time.monotonic() > self._busy_at:
+            self._busy_at = math.inf
+            self._say_busy()
         if not self._told_time and "seconds_per_step" in figures:
             self._told_time = True
             seconds = figures["seconds_per_step"]
@@ -301,3 +362,14 @@ class _Watcher:
             fields[f"held-out {self._metric}"] = f"{figures[self._metric]:.1f}"
         self._progress.add((step - (self._shown or 0)) * self._batch, **fields)
         self._shown = step
+
+    def _say_busy(self) -> None:
+        """Ray Train waits for room, and says nothing."""
+        there, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]  # Ray's
+        kinds = ["CPU", "GPU"] if self._plan.recipe.cluster.gpu else ["CPU"]
+        said = " and ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}" for kind in kinds)
+        logger.warning(
+            "no worker has begun after %.0f s; the cluster has %s free now: if others have the rest, it waits for them",
+            BUSY_S,
+            said,
+        )

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from raexmc_ray.encoder import TextEncoder, Tokens
 from raexmc_ray.memory.hits import Hits, merge_hits
-from raexmc_ray.metrics import inverse_propensity, score_table
+from raexmc_ray.metrics import score_table
 from raexmc_ray.predict import aggregate
 from raexmc_ray.ragged import ragged_take
 from raexmc_ray.recipe import Neighbours, Recipe
@@ -17,15 +17,21 @@ from raexmc_ray.train.mining import Part, all_rows, embed_part, search
 
 DEPTH = 100
 """Labels predicted: the deepest metric is R@100."""
+BLOCK_ROWS = 4096
+"""Rows of a rank that are predicted at once: the votes of what they retrieve are in memory together."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows held out of the training: tokens of B texts, CSR [B, L] of their labels and of their filter pairs."""
+    """Rows held out of the training: tokens of B texts, CSR [B, L] of their labels and of their filter pairs.
+
+    inverse_propensity_L: float64, of the training without them.
+    """
 
     tokens: Tokens
     relevance: sp.csr_matrix
     filtered: sp.csr_matrix
+    inverse_propensity_L: np.ndarray
 
 
 def validate(
@@ -39,27 +45,32 @@ def validate(
     queries = embed_part(encoder, held_out.tokens, recipe.encoder.batch_size, instances.first, instances.ranks)
     settings = recipe.prediction
     b = settings.neighbours.joint or max(settings.neighbours.instances or 0, settings.neighbours.labels or 0)
-    found = [
-        _hits(*search(queries, instances, max(b, DEPTH)), relevance),
-        _hits(*search(queries, labels, max(b, DEPTH)), None, first_key=relevance.shape[0]),
-    ]
+    by_instance, by_label = (search(queries, keys, max(b, DEPTH)) for keys in (instances, labels))
     rows = {
         "": (settings.lambda_, settings.neighbours),
         " labels only": (0.0, Neighbours(instances=0, labels=max(b, DEPTH))),
         " instances only": (1.0, Neighbours(instances=max(b, DEPTH), labels=0)),
     }
-    section = recipe.corpus
-    inverse_L = inverse_propensity(relevance, section.propensity_a, section.propensity_b)
+    predicted: dict[str, list[np.ndarray]] = {name: [] for name in rows}
+    for first in range(0, max(len(queries.rows), 1), BLOCK_ROWS):
+        block = slice(first, first + BLOCK_ROWS)
+        found = [
+            _hits(*(part[block] for part in by_instance), relevance),
+            _hits(*(part[block] for part in by_label), None, first_key=relevance.shape[0]),
+        ]
+        for name, (lambda_, neighbours) in rows.items():
+            answers = aggregate(
+                merge_hits(found, neighbours),
+                lambda_=lambda_,
+                temperature=settings.temperature,
+                k=DEPTH,
+                exclude=held_out.filtered[queries.rows[block]],
+            )
+            predicted[name].append(answers.labels_Bk)
     figures: dict[str, float] = {}
-    for name, (lambda_, neighbours) in rows.items():
-        predicted = aggregate(
-            merge_hits(found, neighbours),
-            lambda_=lambda_,
-            temperature=settings.temperature,
-            k=DEPTH,
-            exclude=held_out.filtered[queries.rows],
-        )
-        table = score_table(all_rows(predicted.labels_Bk, queries), held_out.relevance, inverse_L)
+    for name, blocks in predicted.items():
+        labels_Bk = all_rows(np.concatenate(blocks), queries)
+        table = score_table(labels_Bk, held_out.relevance, held_out.inverse_propensity_L)
         figures |= {f"{metric}{name}": value for metric, value in table.items()}
     return figures
 

@@ -36,6 +36,8 @@ def train_worker(config: dict[str, Any]) -> None:
     recipe, progress = Recipe.parse(config["recipe"]), config["progress"]
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
+    if rank == 0:
+        progress.begin.remote()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
@@ -53,8 +55,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if strangers:
         if rank == 0:
             said = f"{strangers} of {ranks} workers do not see what the driver wrote into {folder}"
-            remedy = "set cluster.storage to a folder that every node sees, or end the other command that trains there"
-            error = ValueError(f"{said}: {remedy}")
+            error = ValueError(f"{said}: set cluster.storage to a folder that every node sees")
             ray.get(progress.stop.remote(error))
         return
     data = unflatten(ray.get(config["data"]))
@@ -106,6 +107,7 @@ def flatten(data: TrainingData) -> dict[str, Any]:
         arrays |= _flatten_tokens("held_out", data.held_out.tokens)
         arrays |= _flatten_matrix("held_out_relevance", data.held_out.relevance)
         arrays |= _flatten_matrix("held_out_filtered", data.held_out.filtered)
+        arrays["inverse_propensity"] = data.held_out.inverse_propensity_L
     return arrays
 
 
@@ -122,7 +124,8 @@ def unflatten(arrays: dict[str, Any]) -> TrainingData:
 
     held_out = None
     if "held_out.ids" in arrays:
-        held_out = HeldOut(tokens("held_out"), matrix("held_out_relevance"), matrix("held_out_filtered"))
+        matrices = matrix("held_out_relevance"), matrix("held_out_filtered")
+        held_out = HeldOut(tokens("held_out"), *matrices, arrays["inverse_propensity"])
     return TrainingData(arrays["uids"], tokens("instances"), tokens("labels"), matrix("relevance"), held_out)
 
 
