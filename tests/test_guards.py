@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raexmc_ray.serve.api import make_api
-from raexmc_ray.serve.gate import Gate
+from raexmc_ray.serve.gate import SPARE, Gate
 from raexmc_ray.serve.guard import Guard, Tokens, is_loopback, refuse_open_door
 from raexmc_ray.serve.ingress import READY_S, Ingress
 from raexmc_ray.serve.schema import Limits, PredictRequest, ServeSettings
@@ -217,6 +217,20 @@ def test_the_gate_answers_where_serve_has_only_its_own_words(caplog: pytest.LogC
     assert ours.json() == {"status": 500}
     assert counted == [("/lost", 503), ("/silent", 503)], "ours are counted where they are made"
     assert [json.loads(record.message)["request"] for record in caplog.records] == ["/lost", "/silent"]
+
+
+def test_the_gate_keeps_room_for_probes() -> None:
+    """What is busy is alive; yet probes are no way around the gate."""
+    app = Gate(Starlette(routes=[Route("/v1/slow", _slow), Route("/v1/health", _slow)]), 1, lambda *_: None)
+
+    async def run() -> list[int]:
+        async with talk_to(app) as http:
+            first = asyncio.ensure_future(http.get("/v1/slow"))
+            await asyncio.sleep(0.05)
+            probes = [asyncio.ensure_future(http.get("/v1/health")) for _ in range(SPARE + 1)]
+            return [reply.status_code for reply in await asyncio.gather(first, *probes)]
+
+    assert asyncio.run(run()) == [200] * (1 + SPARE) + [503]
 
 
 def test_a_caller_that_left_is_no_refusal() -> None:

@@ -65,7 +65,8 @@ def rollout(
     ] = None,
     application: Application = "raexmc",
 ) -> None:
-    """Move a running application to another snapshot of its memory, while it answers. Needs RAY_ADDRESS."""
+    """Move a running application, on the cluster at RAY_ADDRESS or this machine's, to another snapshot, while it
+    answers."""
     from raexmc_ray.cluster import connected
     from raexmc_ray.serve.environment import WITHOUT_A_LOOP
 

@@ -10,11 +10,9 @@ from raexmc_ray.files import Folder
 from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.serve.deployments import Encoder, MemoryShard
 from raexmc_ray.serve.environment import SLEEP_WHEN_IDLE
+from raexmc_ray.serve.gate import SPARE
 from raexmc_ray.serve.ingress import Ingress
 from raexmc_ray.serve.schema import ServeSettings
-
-SPARE = 16
-"""Places of an ingress beyond those that it is given, so that Serve's router, whose count lags behind, never waits."""
 
 
 def build_app(settings: ServeSettings) -> Application:

@@ -17,11 +17,14 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raexmc_ray.serve.guard import PROBLEM_TYPE, Answered, access_log, request_id_of, send_problem
+from raexmc_ray.serve.guard import PROBES, PROBLEM_TYPE, Answered, access_log, request_id_of, send_problem
 from raexmc_ray.serve.metrics import request_counter
 from raexmc_ray.serve.schema import Limits
 
 REQUESTS = "RAEXMC_REQUESTS_AT_A_TIME"
+SPARE = 16
+"""Places of an ingress beyond those that it is given: for probes, which a flood must not keep out, or a load balancer
+takes a busy application for a dead one; and so that Serve's router, whose count lags behind, never waits."""
 LOST = "Not available", "A part of the application did not answer; try again"
 """Title and detail of the answer where Serve has none."""
 
@@ -37,7 +40,7 @@ class Gate:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Serve's own: health and routes
             await self._app(scope, receive, send)
             return
-        if self._running >= self._limit:
+        if self._running >= self._limit + (SPARE if scope["path"] in PROBES else 0):
             await self._refuse(scope, send, "Busy", f"{self._limit} requests are being answered; come again")
             return
         begun = refused = gone = False

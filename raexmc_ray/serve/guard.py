@@ -31,7 +31,7 @@ CLIENT_GONE = 499
 OPEN_PATHS = frozenset({"/", "/openapi.json", "/v1/health", "/v1/ready"})
 """What needs no token: the page and the API's description have no data in them, and a load balancer has none."""
 PROBES = frozenset({"/v1/health", "/v1/ready"})
-"""What a load balancer asks: never refused for what others ask, and cheap, so not counted."""
+"""What a load balancer asks: cheap, and not refused for what others ask."""
 access_log = logging.getLogger("ray.serve.access")
 Answered = Callable[[str, int, float], None]
 """Told the path, the status and the seconds of each answer."""

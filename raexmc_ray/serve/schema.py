@@ -39,9 +39,9 @@ class Limits(BaseModel):
     entries: int = Field(100_000, ge=1)
     """Labels and the keys named for them in a reply: texts × k × (1 + evidence). A kilobyte each, at the least."""
     concurrent_requests: int = Field(128, ge=1)
-    """Requests that an ingress replica works on at a time; the next one is told to come again (503, with Retry-After).
-    See `serve/gate.py`, which refuses them sooner and cheaper: each proxy for itself, so that what all proxies let in
-    should be no more than what all ingresses take."""
+    """Requests that an ingress replica works on at a time; without `serve/gate.py` in the proxies as many more wait,
+    and the next one is told to come again (503, with Retry-After). The gate refuses sooner and cheaper: each proxy for
+    itself, so that what all proxies let in should be no more than what all ingresses take."""
     requests_per_second: int | None = Field(None, ge=1, examples=[100])
     """Requests of one token (of everyone, where there are no tokens) that an ingress replica takes (429 beyond)."""
 

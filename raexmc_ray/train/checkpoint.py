@@ -89,7 +89,7 @@ class Checkpoints:
             )
             if whole:
                 return Checkpoint(folder, step, json.loads((folder / STATE).read()))
-        except (ValueError, KeyError, OSError):
+        except (ValueError, KeyError, TypeError, OSError):
             pass
         logger.warning("%s: this checkpoint is damaged and is passed over", folder)
         return None
@@ -150,7 +150,7 @@ class Checkpoints:
         """The step of the best checkpoint that this one names; −1 where it is damaged: no run goes on from it."""
         try:
             return int(json.loads((self.at(step) / STATE).read())["best_step"])
-        except (ValueError, KeyError, OSError):
+        except (ValueError, KeyError, TypeError, OSError):
             return -1
 
 

@@ -147,6 +147,8 @@ class Sampler:
         for _ in range(self.positives):  # no sort of all pairs: a batch of a large corpus has half a million
             least = np.minimum.reduceat(lots, starts)
             places = np.flatnonzero((lots == np.repeat(least, counts)) & (lots < 1))
+            if not len(places):
+                break
             lots[places] = 1
             chosen.append(places)
         places = np.concatenate(chosen)

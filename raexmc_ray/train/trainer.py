@@ -62,6 +62,8 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
     refuse(recipe, count_trained(recipe, corpus))
     run = run_folder(recipe, key)
     with _alone(run):
+        if (target / DONE).size() is not None:  # by another command, since we looked
+            return target
         best, last = _trained(recipe, corpus, run)
         _publish(best, last, target, recipe, corpus)
     return target
@@ -82,10 +84,10 @@ def _trained(recipe: Recipe, corpus: Corpus, run: Folder) -> tuple[Checkpoint, C
             (run / PICTURE).write(draw_curves(lines, recipe.training.evaluation.metric))
     last = checkpoints.latest()
     if last is None or not last.state["finished"]:
-        raise RuntimeError(f"{run}: the workers ended without a last checkpoint: run the same command again")
+        raise FileNotFoundError(f"{run}: the workers ended without a last checkpoint: run the same command again")
     best = checkpoints.open(last.state["best_step"]) if last.state["best_step"] >= 0 else last
     if best is None:
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"{checkpoints.at(last.state['best_step'])}: the best checkpoint is damaged or gone; the newest one is "
             f"{last.encoder}, which `raexmc build --encoder` takes. Remove {run} to train again"
         )
@@ -233,15 +235,15 @@ def _leave_mark(run: Folder) -> str:
 @contextmanager
 def _alone(run: Folder) -> Iterator[None]:
     """While no other command trains this run: two would write over each other's checkpoints. The kernel takes the lock
-    back whatever ends its holder. Raises ValueError."""
+    back whatever ends its holder (but for filesystems without locks, where a file stands for it). Raises ValueError."""
     Path(run.path).mkdir(parents=True, exist_ok=True)
     lock = FileLock((run / LOCK).path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(
-            f"another command is training this recipe on this corpus, in {run}: wait for it, or end it; this one would "
-            "then go on from its last checkpoint"
+            f"another command is training this recipe on this corpus, in {run}: wait for it, or end it, and this one "
+            f"goes on from its last checkpoint (if there is none, remove {run / LOCK})"
         ) from None
     try:
         yield
@@ -369,7 +371,7 @@ class _Watcher:
         kinds = ["CPU", "GPU"] if self._plan.recipe.cluster.gpu else ["CPU"]
         said = " and ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}" for kind in kinds)
         logger.warning(
-            "no worker has begun after %.0f s; the cluster has %s free now: if others have the rest, it waits for them",
+            "no worker has begun after %.0f s; the cluster has %s free now: they are still starting, or wait for room",
             BUSY_S,
             said,
         )

@@ -45,7 +45,8 @@ def validate(
     queries = embed_part(encoder, held_out.tokens, recipe.encoder.batch_size, instances.first, instances.ranks)
     settings = recipe.prediction
     b = settings.neighbours.joint or max(settings.neighbours.instances or 0, settings.neighbours.labels or 0)
-    by_instance, by_label = (search(queries, keys, max(b, DEPTH)) for keys in (instances, labels))
+    instances_Bb, instance_scores_Bb = search(queries, instances, max(b, DEPTH))
+    labels_Bb, label_scores_Bb = search(queries, labels, max(b, DEPTH))
     rows = {
         "": (settings.lambda_, settings.neighbours),
         " labels only": (0.0, Neighbours(instances=0, labels=max(b, DEPTH))),
@@ -55,8 +56,8 @@ def validate(
     for first in range(0, max(len(queries.rows), 1), BLOCK_ROWS):
         block = slice(first, first + BLOCK_ROWS)
         found = [
-            _hits(*(part[block] for part in by_instance), relevance),
-            _hits(*(part[block] for part in by_label), None, first_key=relevance.shape[0]),
+            _hits(instances_Bb[block], instance_scores_Bb[block], relevance),
+            _hits(labels_Bb[block], label_scores_Bb[block], None, first_key=relevance.shape[0]),
         ]
         for name, (lambda_, neighbours) in rows.items():
             answers = aggregate(
