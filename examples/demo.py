@@ -46,7 +46,7 @@ def main(overrides: list[str]) -> None:
 
     recipe = Recipe.load(RECIPE, overrides)
     step(f"Read the corpus {recipe.corpus.path}")
-    corpus = read_corpus(recipe.corpus.path, recipe.corpus.fields)
+    corpus = read_corpus(recipe.corpus.path, recipe.corpus.fields, recipe.corpus.holdout)
     print_plain(corpus.describe())
     storage = Folder.at(recipe.cluster.storage)
     with connected(dashboard=True):

@@ -202,4 +202,4 @@ def _parse(response: httpx.Response, reply: type[Reply]) -> Reply:
 
 
 def _unreachable(http: httpx.Client | httpx.AsyncClient, error: httpx.TransportError) -> UnreachableError:
-    return UnreachableError(f"{http.base_url}: {error or type(error).__name__}")
+    return UnreachableError(f"{http.base_url}: {str(error) or type(error).__name__}")

@@ -61,17 +61,17 @@ def refuse_unplaceable(what: str, wanted: Mapping[str, float], remedy: str, numb
     """Raise ValueError where the nodes of the cluster have no room for so many of what wants so much of one node,
     {Ray's resource: how much}: Ray would wait for it for ever, and say nothing.
 
-    Where more nodes may come by themselves (`may_grow`), a warning is all.
+    Where more nodes may come by themselves (`_may_grow`), a warning is all.
     """
     nodes = living_nodes()
-    room = room_for(nodes, wanted)
+    room = _room_for(nodes, wanted)
     if room >= number:
         return
     each = " and ".join(_say(name, much) for name, much in wanted.items())
     most = " and ".join(_say(name, max(node["Resources"].get(name, 0) for node in nodes)) for name in wanted)
     there = f"there is room for {room} of {number}" if room else f"the most that a node has is {most}"
     said = f"{what} wants {each} on one node, and {there}: {remedy}"
-    if not may_grow(nodes):
+    if not _may_grow(nodes):
         raise ValueError(f"{said}, or add such a node")
     logger.warning("%s, unless the cluster adds such a node: waiting for one", said)
 
@@ -90,7 +90,7 @@ def living_nodes() -> list[Mapping[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray's
 
 
-def room_for(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> int:
+def _room_for(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> int:
     """How many processes these nodes have room for, each of which wants so much of one node: what several nodes have
     left over is of no use to it. wanted: {Ray's resource: how much, above 0}."""
     return sum(
@@ -98,7 +98,7 @@ def room_for(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) ->
     )
 
 
-def may_grow(nodes: Sequence[Mapping[str, Any]]) -> bool:
+def _may_grow(nodes: Sequence[Mapping[str, Any]]) -> bool:
     """Whether more nodes may come by themselves when there is work for them: what these nodes have is not all then.
 
     Ray does not say what its autoscaler may start, only that a node is of a group that somebody keeps.

@@ -148,7 +148,8 @@ def embed_files(
     dtype: str = "float32",
 ) -> Embeddings:
     """Embed the texts of any files under `output`, which gets embeddings/KEY/unit-*.arrow (key_id, embedding) and
-    ids.parquet (key_id, id) beside them. The same command goes on where it was stopped.
+    ids.parquet (key_id, id) beside them, written last: where it is, all are there. The same command goes on where it
+    was stopped.
 
     inputs: as `find_inputs` takes them, in the order of their names. encoder: folder, hub name or `package:NAME`.
     """
@@ -157,11 +158,11 @@ def embed_files(
     identity = "\0".join([staged.name, dtype, _digest(table)])
     folder = output / "embeddings" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     table = table.add_column(0, "key_id", pa.array(np.arange(len(table))))
+    embeddings = Embeddings(folder, len(table), 1, dtype)
+    embed_keys(table, staged, embeddings, section, cluster)
     sink = pa.BufferOutputStream()
     pq.write_table(table.select(["key_id", "id"]), sink)
     (folder / "ids.parquet").write(sink.getvalue())
-    embeddings = Embeddings(folder, len(table), 1, dtype)
-    embed_keys(table, staged, embeddings, section, cluster)
     return embeddings
 
 

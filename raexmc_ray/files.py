@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict
 CHUNK_BYTES = 16 << 20
 SCRATCH = "raexmc-scratch-"
 """How the names of temporary folders begin."""
+OBJECT_STORES = frozenset({"s3", "gcs"})
+"""pyarrow's names of the filesystems that have no folders."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Folder:
     def write(self, data: bytes) -> None:
         """Put `data` at this path in one atomic step: a reader sees the old file or the whole new one."""
         parent, _, name = self.path.rpartition("/")
-        self.filesystem.create_dir(parent, recursive=True)
+        if self.filesystem.type_name not in OBJECT_STORES:  # to mark one costs requests, and rights above it
+            self.filesystem.create_dir(parent, recursive=True)
         if not self.is_local:  # an object store shows an object only when it is whole
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(data)
@@ -85,7 +88,7 @@ class Folder:
             os.chmod(temporary, 0o644)
             os.replace(temporary, self.path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)
             raise
         sync(Path(parent))
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from raexmc_ray.answer import ScoredLabel, make_answers
 from raexmc_ray.memory.hits import Hits
 from raexmc_ray.memory.shard import LocalShards, Shards
 from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
-from raexmc_ray.recipe import Neighbours, PredictionSection
+from raexmc_ray.recipe import Neighbours, PredictionSection, explain
 
 if TYPE_CHECKING:
     from raexmc_ray.encoder import TextEncoder
@@ -103,9 +104,11 @@ def override(
     temperature: float | None = None,
     neighbours: Neighbours | int | None = None,
 ) -> PredictionSection:
-    """`defaults` with what is given in their place, validated anew."""
-    if isinstance(neighbours, int):
-        neighbours = Neighbours(joint=neighbours)
-    given = {"k": k, "lambda_": lambda_, "temperature": temperature, "neighbours": neighbours}
-    fields = {name: getattr(defaults, name) for name in given}
-    return PredictionSection(**(fields | {name: value for name, value in given.items() if value is not None}))
+    """`defaults` with what is given in their place. Raises ValueError that names what is out of its range."""
+    asked = {"joint": neighbours} if isinstance(neighbours, int) else neighbours
+    given = {"k": k, "lambda": lambda_, "temperature": temperature, "neighbours": asked}
+    fields = defaults.model_dump(by_alias=True) | {name: value for name, value in given.items() if value is not None}
+    try:
+        return PredictionSection.model_validate(fields)
+    except ValidationError as error:
+        raise ValueError("; ".join(explain(PredictionSection, error))) from None

@@ -225,7 +225,7 @@ class PredictionSection(Section):
     lambda_: float = Field(0.5, ge=0, le=1, alias="lambda")
     """λ: 1 trusts the instances only (memorisation), 0 the labels only (generalisation)."""
     temperature: float = Field(0.05, gt=0)
-    """τ of the softmax over the retrieved keys."""
+    """τ of the softmax over the retrieved keys; in a recipe that leaves it out, the training's."""
     neighbours: Neighbours = Neighbours(joint=200)
     """b: how many keys are retrieved."""
     k: int = Field(10, ge=1, le=16384)
@@ -262,6 +262,17 @@ class Recipe(Section):
     prediction: PredictionSection = PredictionSection()
     cluster: ClusterSection = ClusterSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_temperature(cls, settings: Any) -> Any:
+        """τ is the same in training and prediction unless both are set (METHOD.md)."""
+        if not isinstance(settings, dict):
+            return settings
+        training, prediction = settings.get("training"), settings.get("prediction", {})
+        if isinstance(training, dict) and isinstance(prediction, dict) and "temperature" in training:
+            return settings | {"prediction": {"temperature": training["temperature"]} | prediction}
+        return settings
+
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         if self.training.batch_size % self.cluster.workers:
@@ -296,7 +307,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            raise ValueError(f"{source}: " + "\n".join(_explain(cls, error))) from None
+            raise ValueError(f"{source}: " + "\n".join(explain(cls, error))) from None
 
     def dump(self) -> str:
         """This recipe as YAML, every default written out; `Recipe.load` reads it back."""
@@ -332,7 +343,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override}: the value is not YAML: {error}") from None
 
 
-def _explain(recipe: type[BaseModel], error: ValidationError) -> list[str]:
+def explain(recipe: type[BaseModel], error: ValidationError) -> list[str]:
     """One line for each thing that is wrong: the field, what was found, what to write."""
     lines = []
     for problem in error.errors():

@@ -14,7 +14,8 @@ import yaml
 from conftest import tiny_settings
 
 import raexmc_ray
-from raexmc_ray.cli.output import say_bytes
+from raexmc_ray.answer import KeyVote, ScoredLabel
+from raexmc_ray.cli.output import print_answer, say_bytes
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.write import build_memory
@@ -34,7 +35,7 @@ def test_every_command_has_help(command: str) -> None:
     assert "Usage: raexmc" in done.stdout
 
 
-def test_mistakes_are_said_in_one_line(tmp_path: Path, tiny_corpus: Path) -> None:
+def test_mistakes_are_said_in_one_line(tmp_path: Path, tiny_corpus: Path, small_memory: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_settings(tiny_corpus, tmp_path / "run")))
     for arguments, says in (
@@ -44,12 +45,25 @@ def test_mistakes_are_said_in_one_line(tmp_path: Path, tiny_corpus: Path) -> Non
         (["build", "--recipe", str(recipe)], "run `raexmc train`"),
         (["inspect", str(tmp_path)], "no memory at"),
         (["tune", "--recipe", str(recipe), "--metric", "P@2"], "--metric P@2: choose one of P@1, P@3"),
+        (
+            ["score", str(small_memory), "x", "--output", str(tmp_path / "o"), "--lambda", "2"],
+            "lambda: Input should be",
+        ),
+        (["score", str(small_memory), "x", "--output", str(tmp_path / "o"), "--neighbours", "0"], "neighbours.joint: "),
         (["query", "vim", "--url", "http://127.0.0.1:9"], "raexmc serve"),
     ):
         done = run(*arguments)
         assert done.returncode == 1, done.stdout + done.stderr
         assert says in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_brackets_in_texts_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [r"a\[/usr] b", r"[bold]x\[abc]", "ends in \\"]
+    vote = KeyVote(key_id=0, kind="label", uid="u", text=texts[2], similarity=0.5, share=1.0)
+    print_answer(texts[0], [ScoredLabel(label=0, uid="u", text=texts[1], score=0.5, label_share=1.0, evidence=[vote])])
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in texts)
 
 
 def test_inspect_says_what_is_in_a_memory(tmp_path: Path, tiny_corpus: Path) -> None:

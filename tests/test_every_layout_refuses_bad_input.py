@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from helpers import json_lines, write_tiny_corpus
 
 from raexmc_ray.corpus import CorpusError, read_corpus
+from raexmc_ray.corpus.lines import read_lines
 
 ROW = {"uid": "9", "title": "one more", "target_ind": [0]}
 
@@ -101,6 +102,11 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, words: list[str]) -> N
 def test_a_bad_filter_file_is_named(tmp_path: Path, part: str, data: bytes, words: list[str]) -> None:
     (write_tiny_corpus(tmp_path) / f"filter_labels_{part}.txt").write_bytes(data)
     refused(tmp_path, f"filter_labels_{part}.txt", *words)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "Y.txt").write_bytes("\ufeffvim\r\n\ufeffnano\n".encode())
+    assert list(read_lines(tmp_path / "Y.txt")) == [(1, "vim"), (2, "\ufeffnano")]
 
 
 def test_windows_lines_and_repeated_filter_pairs_are_read(tmp_path: Path) -> None:

@@ -8,20 +8,22 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import find_inputs, units
-from raexmc_ray.inputs.find import modified_ns
+from raexmc_ray.inputs.find import _expand, modified_ns
 from raexmc_ray.inputs.rows import Columns, Rejected
-from raexmc_ray.inputs.units import Unit, UnitReader, cut_files, read_texts
+from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, cut_files, read_texts
 
 TEXTS = st.lists(st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=8), max_size=40)
 
@@ -249,8 +251,61 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None
     files = find_inputs([str(path)])
     (cut,) = cut_files(files, Columns())
     path.write_text("vim\nnano!\nemacs\n")
-    with pytest.raises(ValueError, match=r"a\.txt: was changed or removed"):
+    with pytest.raises(ValueError, match=r"a\.txt: was changed while the job ran"):
         UnitReader(files, Columns()).read(Unit(**cut.table(0, np.arange(1)).to_pylist()[0]))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"a\.txt: is not there: .* or lies where this node does not see it"):
+        UnitReader(files, Columns()).read(Unit(**cut.table(0, np.arange(1)).to_pylist()[0]))
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".parquet"])
+def test_a_file_that_is_overwritten_while_it_is_open_is_noticed(tmp_path: Path, ending: str) -> None:
+    path, rows = tmp_path / f"a{ending}", 3 * UNIT_ROWS
+    write_rows(path, [(str(i), f"text {i}") for i in range(rows)])
+    files = find_inputs([str(path)])
+    (cut,) = cut_files(files, Columns())
+    first, second, _ = (Unit(**unit) for unit in cut.table(0, np.arange(3)).to_pylist())
+    reader = UnitReader(files, Columns())
+    assert len(reader.read(first).texts) == UNIT_ROWS
+    write_rows(path, [(str(i), f"other text {i}") for i in range(rows)])  # in place: the same inode
+    with pytest.raises(ValueError, match=r"was changed while the job ran|cannot be read"):
+        reader.read(second)
+
+
+def write_rows(path: Path, rows: list[tuple[str, str]]) -> None:
+    ids, texts = zip(*rows, strict=True)
+    if path.suffix == ".parquet":
+        with path.open("wb") as file:
+            pq.write_table(pa.table({"id": ids, "text": texts}), file)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": id_, "text": text}) + "\n" for id_, text in rows))
+    else:
+        path.write_text("".join(f"{text}\n" for text in texts))
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over_by_a_glob(tmp_path: Path) -> None:
+    class Shut(LocalFileSystem):
+        def find(self, path: str, *args: Any, **kwargs: Any) -> Any:  # by which pyarrow lists
+            if path.endswith("part=2"):
+                raise PermissionError(f"Access Denied: {path}")
+            return super().find(path, *args, **kwargs)
+
+    for part in ("part=1", "part=2"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.txt").write_text("vim\n")
+    there = pafs.PyFileSystem(pafs.FSSpecHandler(Shut()))
+    with pytest.raises(OSError, match="Access Denied"):
+        list(_expand(Folder(there, f"{tmp_path}/part=*/*.txt")))
+    assert len(list(_expand(Folder(there, f"{tmp_path}/part=1/*.txt")))) == 1
+
+
+def test_a_part_of_a_data_set_may_have_no_value_in_a_column(tmp_path: Path) -> None:
+    """Of a column in which every row is null, pandas writes Arrow's type null."""
+    nothing = pa.table({"id": ["a"], "title": ["vim"], "text": pa.nulls(1)})
+    pq.write_table(nothing, tmp_path / "x.parquet")
+    assert read_texts([str(tmp_path)], Columns(texts=("title", "text")))["text"].to_pylist() == ["vim"]
+    with pytest.raises(ValueError, match="row 1: the text is null"):
+        read_texts([str(tmp_path)], Columns())
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl.gz", ".parquet"])

@@ -29,6 +29,21 @@ def test_what_is_written_of_a_recipe_has_no_credentials(who: str) -> None:
     assert Recipe.parse(dict(SMALLEST)).record() == Recipe.parse(dict(SMALLEST)).model_dump(mode="json", by_alias=True)
 
 
+def test_the_temperature_is_the_trainings_unless_it_is_set() -> None:
+    """METHOD.md: τ is the same in training and prediction unless set."""
+    corpus = {"corpus": {"path": "x"}}
+    for settings, overrides, expected in (
+        ({}, [], (0.05, 0.05)),
+        ({}, ["training.temperature=0.02"], (0.02, 0.02)),
+        ({"training": {"temperature": 0.02}, "prediction": {"k": 5}}, [], (0.02, 0.02)),
+        ({"training": {"temperature": 0.02}}, ["prediction.temperature=0.1"], (0.02, 0.1)),
+        ({}, ["prediction.temperature=0.1"], (0.05, 0.1)),
+    ):
+        recipe = Recipe.parse(corpus | settings, overrides)
+        assert (recipe.training.temperature, recipe.prediction.temperature) == expected
+        assert Recipe.parse(recipe.model_dump(by_alias=True)) == recipe
+
+
 def test_overrides_reach_any_depth() -> None:
     overrides = ["training.epochs=3", "training.objective.instances=none", "prediction.neighbours={joint: 50}"]
     recipe = Recipe.parse(dict(SMALLEST), overrides)

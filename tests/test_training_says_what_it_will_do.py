@@ -43,8 +43,8 @@ def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["cluster.gpu=true"], r"2 workers with 1 CPU and 1 GPU each, .* 0 GPU in all, .* for 0: .*cluster\.gpu=false"),
-        (["cluster.cpus_per_worker=64"], r"2 workers with 64 CPU each, .* 4 CPU in all, .*cluster\.cpus_per_worker"),
+        (["cluster.gpu=true"], r"a training worker wants 1 CPU and 1 GPU on one .* and 0 GPU: .*cluster\.gpu=false"),
+        (["cluster.cpus_per_worker=64"], r"wants 64 CPU on one node, .* has is 4 CPU: .*cluster\.cpus_per_worker"),
         (["encoder.model=/no/such/model"], r"encoder\.model is /no/such/model, and there is no model there"),
         (["encoder.layers=40"], r"encoder\.layers is 40"),
         (["encoder.max_tokens=513"], r"encoder\.max_tokens is 513, but package:\w+ takes 512 at most: set it to 512"),
@@ -84,11 +84,15 @@ def node(labels: dict[str, str] | None = None, **resources: float) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "overrides", "room"),
+    ("nodes", "overrides", "found"),
     [
-        ([node(CPU=4), node(CPU=4)], ["cluster.workers=1", "cluster.cpus_per_worker=8"], 0),
-        ([node(CPU=4), node(CPU=4)], ["cluster.workers=4", "cluster.cpus_per_worker=2.5"], 2),
-        ([node(CPU=9), node(CPU=1, GPU=2)], ["cluster.gpu=true"], 1),
+        (
+            [node(CPU=4), node(CPU=4)],
+            ["cluster.workers=1", "cluster.cpus_per_worker=8"],
+            "the most that a node has is 4 CPU",
+        ),
+        ([node(CPU=4), node(CPU=4)], ["cluster.workers=4", "cluster.cpus_per_worker=2.5"], "there is room for 2 of 4"),
+        ([node(CPU=9), node(CPU=1, GPU=2)], ["cluster.gpu=true"], "there is room for 1 of 2"),
         ([node(CPU=4), node(CPU=4)], ["cluster.workers=2", "cluster.cpus_per_worker=4"], None),
         ([node(CPU=0.3), node(CPU=0.1)], ["cluster.workers=4", "cluster.cpus_per_worker=0.1"], None),
         ([node(CPU=9), node(CPU=8, GPU=2)], ["cluster.gpu=true", "cluster.cpus_per_worker=4"], None),
@@ -97,17 +101,17 @@ def node(labels: dict[str, str] | None = None, **resources: float) -> dict:
 def test_a_worker_must_find_room_on_one_node(
     nodes: list[dict],
     overrides: list[str],
-    room: int | None,
+    found: str | None,
     tiny_corpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("raexmc_ray.train.plan.living_nodes", lambda: nodes)
+    monkeypatch.setattr("raexmc_ray.cluster.living_nodes", lambda: nodes)
     recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), overrides)
-    if room is None:
+    if found is None:
         refuse(recipe, 240)
     else:
-        with pytest.raises(ValueError, match=f"have room for {room}: lower cluster"):
+        with pytest.raises(ValueError, match=f"{found}: lower cluster"):
             refuse(recipe, 240)
 
 
@@ -116,9 +120,10 @@ def test_a_cluster_that_may_grow_is_waited_for(
 ) -> None:
     """`ray up cluster.yaml` starts with its head alone; nodes with GPUs come when they are asked for."""
     head = node({"ray.io/node-group": "head"}, CPU=16)
-    monkeypatch.setattr("raexmc_ray.train.plan.living_nodes", lambda: [head])
+    monkeypatch.setattr("raexmc_ray.cluster.living_nodes", lambda: [head])
     refuse(Recipe.parse(tiny_settings(tiny_corpus, tmp_path), ["cluster.gpu=true"]), 240)
-    assert "have room for 0 now: it begins when there is room" in caplog.text
+    assert "has is 16 CPU and 0 GPU: lower cluster.workers" in caplog.text
+    assert "unless the cluster adds such a node: waiting for one" in caplog.text
 
 
 @pytest.mark.ray

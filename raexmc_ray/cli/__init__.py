@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from raexmc_ray.cli.apply import query, score
 from raexmc_ray.cli.make import build, embed, train
 from raexmc_ray.cli.measure import compare, evaluate, tune
 from raexmc_ray.cli.memory import inspect, plan
-from raexmc_ray.cli.output import escape, print_answer, print_plain
+from raexmc_ray.cli.output import print_answer, print_plain
 from raexmc_ray.cli.serving import rollback, rollout, serve
 from raexmc_ray.serve.errors import DeploymentFailedError
 

@@ -44,7 +44,8 @@ def score(
     from raexmc_ray.score.run import score
 
     folder, target = Folder.at(memory), Folder.at(output)
-    settings = override(open_snapshot(folder, snapshot).manifest.defaults, k, lambda_, temperature, neighbours)
+    opened = open_snapshot(folder, snapshot)  # and no other, though a newer one is published meanwhile
+    settings = override(opened.manifest.defaults, k, lambda_, temperature, neighbours)
     with connected():
         summary = score(
             folder,
@@ -54,7 +55,7 @@ def score(
             ClusterSection(encoders=encoders or (count_gpus() if gpu else 2), gpu=gpu),
             Columns(id_column, tuple(text_column or ["text"])),
             evidence=evidence,
-            snapshot=snapshot,
+            snapshot=opened.manifest.id,
             precision=precision,
         )
     if not summary.scored:

@@ -38,6 +38,7 @@ def evaluate(
     storage = Folder.at(settings.cluster.storage)
     if predictions:
         measured = evaluate_predictions(Folder.at(predictions), corpus, settings.corpus, recipe=settings)
+        measured.save(storage, PREDICTIONS)
     else:
         with connected():
             memory, pool = open_in_actors(storage / "memory")
@@ -46,10 +47,10 @@ def evaluate(
                 measured = measure_memory(
                     memory, corpus, settings.corpus, settings.prediction, recipe=settings, observer=study
                 )
+                measured.save(storage, EVALUATION)  # before what may fail
                 if report and study:
                     page = write_report(measured, study.findings(), Folder.at(report))
-                    console.print(f"report: {page}", soft_wrap=True)
-    measured.save(storage, PREDICTIONS if predictions else EVALUATION)
+                    console.print(f"report: {page}", soft_wrap=True, markup=False)
     if output:
         target = Folder.at(output)
         measured.save(target.parent, target.name)

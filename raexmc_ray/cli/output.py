@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -39,8 +40,3 @@ def say_bytes(size: float) -> str:
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"
     return f"{size:.0f} bytes"
-
-
-def escape(text: str) -> str:
-    """`text` so that rich prints its brackets."""
-    return text.replace("[", r"\[")

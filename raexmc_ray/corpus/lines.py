@@ -20,7 +20,8 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end) of a UTF-8 text file, gzip where the name ends in .gz.
+    """(line number from 1, line without its end) of a UTF-8 text file, gzip where the name ends in .gz; a byte order
+    mark is left out.
 
     Raises CorpusError at a NUL byte, at bytes that are not UTF-8, and where the gzip stream is cut short.
     """
@@ -33,7 +34,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 if b"\0" in raw:
                     raise CorpusError(path, "there is a NUL byte: the file is damaged", line=number)
                 try:
-                    yield number, raw.decode("utf-8").rstrip("\r\n")
+                    yield number, raw.decode("utf-8" if number > 1 else "utf-8-sig").rstrip("\r\n")
                 except UnicodeDecodeError as error:
                     raise CorpusError(
                         path,

@@ -34,7 +34,7 @@ def _read_table(path: Path) -> pa.Table:
         raise CorpusError(path, "is missing")
     try:
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise CorpusError(path, f"is not a whole Parquet file ({error})") from None
     if not len(table):
         raise CorpusError(path, "there is no row in it")
@@ -49,6 +49,7 @@ def _read_texts(path: Path, table: pa.Table | None = None) -> pa.Table:
             raise CorpusError(path, f"there is no such column; found {table.column_names}", field=name)
         try:
             column = table[name].cast(pa.string())
+            column.validate(full=True)  # that it is UTF-8: nobody has looked
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise CorpusError(path, f"cannot be read as strings ({error})", field=name) from None
         if column.null_count:

@@ -4,6 +4,7 @@ SciPy's npz (`Y.trn.npz`, `Y.tst.npz`). A row's uid is its line number, from 0."
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def _read_split(folder: Path, short: str, long: str, labels: list[str]) -> Split
     return Split(text_table([str(i) for i in range(len(texts))], texts), relevance, filtered)
 
 
+NOT_A_MATRIX = (
+    *(ValueError, OSError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What SciPy raises of a file that is torn, altered, or something else."""
+
+
 def _read_relevance(path: Path, shape: tuple[int, int]) -> sp.csr_matrix:
     if not path.is_file():
         raise CorpusError(path, "is missing: it holds the relevance")
@@ -51,7 +59,7 @@ def _read_relevance(path: Path, shape: tuple[int, int]) -> sp.csr_matrix:
         loaded = sp.load_npz(path)
         matrix = sp.csr_matrix(loaded)
         matrix.check_format(full_check=True)
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except NOT_A_MATRIX as error:
         raise CorpusError(path, f"is not a whole SciPy sparse matrix ({error})") from None
     if matrix.shape != shape:
         raise CorpusError(path, f"has shape {matrix.shape}; the texts make it {shape}")

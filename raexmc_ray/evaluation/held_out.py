@@ -97,7 +97,10 @@ def training_of(storage: Folder, fingerprint: str) -> tuple[Recipe, str] | None:
 def _is_untrained(recipe: Recipe, fingerprint: str) -> bool:
     """Whether the encoder is the one that the recipe's training would begin with."""
     section = recipe.encoder
-    encoder = TextEncoder.load(section.model, layers=section.layers, max_tokens=section.max_tokens)
+    try:
+        encoder = TextEncoder.load(section.model, layers=section.layers, max_tokens=section.max_tokens)
+    except ValueError:  # it is not here, and the memory has its own
+        return False
     return encoder.with_lexical(None).fingerprint == fingerprint
 
 

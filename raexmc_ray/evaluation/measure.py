@@ -18,7 +18,7 @@ from raexmc_ray.memory.snapshot import Manifest, memory_id
 from raexmc_ray.metrics import BEST, PRECISION_AT, RECALL_AT, inverse_propensity, judge, metrics_of, row_figures
 from raexmc_ray.predict import Predictions
 from raexmc_ray.progress import Progress
-from raexmc_ray.recipe import CorpusSection, Neighbours, PredictionSection, Recipe
+from raexmc_ray.recipe import MOST_NEIGHBOURS, CorpusSection, Neighbours, PredictionSection, Recipe
 
 DEPTH = 100
 """Labels predicted for a row: the deepest metric is R@100."""
@@ -52,7 +52,7 @@ def evaluate(
     Texts are encoded in this process: for millions of rows, score them on a cluster and use `evaluate_predictions`.
     Raises ValueError where no row has a label, and where the memory is not of this corpus's training part and labels.
     """
-    b = max(width_of(settings.neighbours), DEPTH)
+    b = min(max(width_of(settings.neighbours), DEPTH), MOST_NEIGHBOURS)
     rows: dict[str, PredictionSection] = {
         LABELS_ONLY: settings.model_copy(update={"lambda_": 0.0, "neighbours": Neighbours(instances=0, labels=b)}),
         INSTANCES_ONLY: settings.model_copy(update={"lambda_": 1.0, "neighbours": Neighbours(instances=b, labels=0)}),

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow.fs as pafs
 from fsspec.implementations.arrow import ArrowFSWrapper
@@ -47,6 +47,17 @@ class InputFile:
         return self.file.path.endswith(".gz")
 
 
+class _Lister(ArrowFSWrapper):
+    """Passes over no folder that it cannot list: its rows would be missing, and nothing would say so."""
+
+    def walk(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        return super().walk(path, *args, **kwargs | {"on_error": refuse})
+
+
 def find_inputs(inputs: Sequence[str], output: Folder | None = None) -> list[InputFile]:
     """The files that `inputs` name, each once, in the order of their names, whatever the order of `inputs`.
 
@@ -84,22 +95,24 @@ def _expand(root: Folder) -> Iterator[InputFile]:
     elif info.type == pafs.FileType.Directory:
         yield from _in_folder(root)
     elif any(character in root.path for character in GLOB):
-        names = ArrowFSWrapper(root.filesystem).glob(root.path)
-        for info in _shown(root, root.filesystem.get_file_info(names)):
-            if info.type == pafs.FileType.Directory:
-                yield from _in_folder(Folder(root.filesystem, info.path))
-            else:
-                yield from _readable(root, [info])
+        shown = list(_shown(root, root.filesystem.get_file_info(_Lister(root.filesystem).glob(root.path))))
+        folders = [info for info in shown if info.type == pafs.FileType.Directory]
+        for folder in folders:
+            yield from _in_folder(Folder(root.filesystem, folder.path))
+        yield from _of_known_kinds(root, [info for info in shown if info not in folders])
     else:
         raise ValueError(f"{root}: there is no such file or folder")
 
 
 def _in_folder(folder: Folder) -> Iterator[InputFile]:
     infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, recursive=True))
-    shown = [info for info in _shown(folder, infos) if info.type == pafs.FileType.File]
-    files = list(_readable(folder, shown))
-    if len(files) < len(shown):
-        logger.info("%s: passed over %s files of other kinds", folder, f"{len(shown) - len(files):,}")
+    yield from _of_known_kinds(folder, [info for info in _shown(folder, infos) if info.type == pafs.FileType.File])
+
+
+def _of_known_kinds(root: Folder, infos: Sequence[pafs.FileInfo]) -> Iterator[InputFile]:
+    files = list(_readable(root, infos))
+    if len(files) < len(infos):
+        logger.info("%s: passed over %s files of other kinds", root, f"{len(infos) - len(files):,}")
     yield from files
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raexmc_ray.files import Folder
@@ -136,6 +137,7 @@ class UnitReader:
                 opened = _ParquetRows if file.kind == "parquet" else _Lines
                 self._open = unit.file, opened(file, self._columns, unit)
             found = self._open[1].take(unit)
+            _check_unchanged(file)  # once more: what was open may have been overwritten where it lies
         except (pa.ArrowException, OSError, EOFError) as error:
             last = unit.first + unit.rows
             raise UnreadableError(f"{file}, rows {unit.first + 1} to {last}: cannot be read: {error}") from None
@@ -217,10 +219,12 @@ class _ParquetRows:
 
 def _check_unchanged(file: InputFile) -> None:
     info = file.file.filesystem.get_file_info(file.file.path)
-    if (info.size, modified_ns(info, file.file)) != (file.size, file.modified_ns):
+    if info.type == pafs.FileType.NotFound:
         raise UnreadableError(
-            f"{file}: was changed or removed while the job ran: leave inputs as they are until it ends"
+            f"{file}: is not there: it was removed while the job ran, or lies where this node does not see it"
         )
+    if (info.size, modified_ns(info, file.file)) != (file.size, file.modified_ns):
+        raise UnreadableError(f"{file}: was changed while the job ran: leave inputs as they are until it ends")
 
 
 def _open_lines(file: InputFile) -> pa.NativeFile:
@@ -242,7 +246,8 @@ def _cut_parquet(file: InputFile, columns: Columns) -> CutFile:
         found = schema.field(name).type
         kind = found.value_type if pa.types.is_dictionary(found) else found
         strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-        if not strings and not (flag == "--id-column" and pa.types.is_integer(kind)):
+        nothing = pa.types.is_null(kind)  # a part of a data set in which no row has a value
+        if not strings and not nothing and not (flag == "--id-column" and pa.types.is_integer(kind)):
             wanted = "strings or integers" if flag == "--id-column" else "strings"
             raise ValueError(f"{file}: the column {name!r} is {found}, not {wanted}: name another by {flag}")
     return CutFile(file, rows, np.empty(0, np.int64))

@@ -170,8 +170,8 @@ def summarise(output: Folder, job: Job, cut: Sequence[CutFile], done: int, secon
 
 
 def _sweep(output: Folder) -> None:
-    """Remove what processes that were killed had begun to write."""
+    """Remove what processes that were killed had begun to write; whatever else is hidden there is not ours."""
     for kind in (PREDICTED, REJECTED):
         for name in (output / kind).names():
-            if name.startswith("."):
-                output.filesystem.delete_file((output / kind / name).path)
+            if name.startswith(".part-"):
+                (output / kind / name).remove_file()

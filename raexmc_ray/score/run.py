@@ -98,7 +98,7 @@ def score(
     total = sum(part.rows for part in cut)
     if not total:
         raise ValueError(f"{', '.join(map(str, files[:3]))}: there is no row in it: nothing to score")
-    if is_new:  # a job that was refused leaves nothing behind
+    if is_new and check_output(output, job):  # a job that was refused leaves nothing behind; cutting may take long
         (output / JOB).write(job.model_dump_json(indent=1, by_alias=True).encode() + b"\n")
     units = missing_units(output, cut)
     if not len(units) and (output / SUMMARY).size() is not None:
@@ -106,6 +106,7 @@ def score(
     task = _Task(memory, output, files, columns, job, _threads(cluster), cluster.gpu)
     done = 0
     if len(units):
+        (output / SUMMARY).remove_file()
         todo = int(np.sum(units["rows"]))
         with Progress("score", total, "rows", done=total - todo) as progress:
             for rows in _score_units(task, opened, units, cluster):
@@ -198,6 +199,8 @@ class _UnitScorer:
         predicted, rejected = self._predict(unit, metadata)
         if rejected:  # before its predictions: a unit is done once they are there
             _write(output / REJECTED / name, rejected_table(str(file), rejected, metadata))
+        else:  # of an actor that died between its two writes, and whose encoder failed
+            (output / REJECTED / name).remove_file()
         _write(output / PREDICTED / name, predicted)
         return unit.rows
 

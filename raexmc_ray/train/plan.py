@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from raexmc_ray.cluster import living_nodes, may_grow, room_for
+from raexmc_ray.cluster import refuse_unplaceable
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.objective import BLOCK_CELLS
-from raexmc_ray.recipe import ClusterSection, Recipe
+from raexmc_ray.recipe import Recipe
 
-logger = logging.getLogger("raexmc_ray")
 ADAM_BYTES = 16
 """A weight in float32, its gradient, and the two moments of AdamW."""
 
@@ -86,26 +83,11 @@ def refuse(recipe: Recipe, labelled: int) -> None:
             f"{held_out}: make the batch smaller"
         )
     _refuse_storage(Folder.at(recipe.cluster.storage))
-    _refuse_nodes(recipe.cluster, living_nodes())
-
-
-def _refuse_nodes(cluster: ClusterSection, nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Where nodes may come, it is only said what is waited for."""
+    cluster = recipe.cluster
     each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.gpu else {})
-    room = room_for(nodes, each)
-    if room >= cluster.workers:
-        return
-    wanted = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
-    in_all = " and ".join(f"{sum(node['Resources'].get(name, 0) for node in nodes):g} {name}" for name in each)
     without_gpu = ", set cluster.gpu=false" if cluster.gpu else ""
-    said = (
-        f"training wants {cluster.workers} workers with {wanted} each, and the cluster's nodes, with {in_all} in all, "
-        f"have room for {room}"
-    )
-    remedy = f"lower cluster.workers or cluster.cpus_per_worker{without_gpu}, or add nodes"
-    if not may_grow(nodes):
-        raise ValueError(f"{said}: {remedy}")
-    logger.warning("%s now: it begins when there is room; if none comes, %s", said, remedy)
+    remedy = f"lower cluster.workers or cluster.cpus_per_worker{without_gpu}"
+    refuse_unplaceable("a training worker", each, remedy, cluster.workers)
 
 
 def _refuse_storage(storage: Folder) -> None:
