@@ -127,6 +127,12 @@ class EvaluationSection(Section):
             raise ValueError(f"metric must be one of {', '.join(METRICS)}")
         return self
 
+    @model_validator(mode="after")
+    def _patience_evaluates(self) -> Self:
+        if self.patience and not self.every:
+            raise ValueError(f"patience is {self.patience}, and every is 0: nothing is evaluated; set every, too")
+        return self
+
 
 class TrainingSection(Section):
     epochs: int = Field(6, ge=1)
@@ -292,7 +298,7 @@ class Recipe(Section):
         if not path.is_file():
             raise FileNotFoundError(f"no recipe at {path}: give --recipe FILE (see jobs/recipes/)")
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: this is not YAML: {error}") from None
         return cls.parse(settings, overrides, source=str(path))
@@ -321,6 +327,19 @@ class Recipe(Section):
                 if isinstance(value, str):
                     section[name] = CREDENTIALS.sub("", value)
         return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice: YAML would take the last, and what stands under the first were lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:

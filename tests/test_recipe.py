@@ -63,6 +63,7 @@ def test_overrides_reach_any_depth() -> None:
         (SMALLEST, ["training.batch_size=33"], "multiple of cluster.workers"),
         (SMALLEST, ["training.objective={instances: none, shared: voting}"], "set instances to in_batch"),
         (SMALLEST, ["training.evaluation.metric=P@2"], "metric must be one of P@1, P@3"),
+        (SMALLEST, ["training.evaluation.patience=3"], "patience is 3, and every is 0"),
         (SMALLEST, ["prediction.lambda=1.1"], "prediction.lambda"),
         (SMALLEST, ["prediction.neighbours={joint: 5, labels: 5}"], "not both"),
         (SMALLEST, ["prediction.neighbours={}"], "give `joint`"),
@@ -80,6 +81,13 @@ def test_what_is_wrong_is_said(settings: dict, overrides: list[str], says: str) 
     with pytest.raises(ValueError) as error:
         Recipe.parse(copy.deepcopy(settings), overrides)
     assert says in str(error.value)
+
+
+def test_a_section_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """YAML would take the last."""
+    (tmp_path / "r.yaml").write_text("corpus: {path: x}\ntraining: {epochs: 3}\nmemory: {}\ntraining: {seed: 1}\n")
+    with pytest.raises(ValueError, match=r"r\.yaml: this is not YAML: training is there twice\n.*line 4"):
+        Recipe.load(tmp_path / "r.yaml")
 
 
 def test_the_file_is_named(tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ class Split:
         return np.diff(self.relevance.indptr)
 
     @property
+    def most_filtered(self) -> int:
+        """Filter pairs of the row that has most: labels to predict beyond those that are to be left."""
+        return int(np.diff(self.filtered.indptr).max(initial=0))
+
+    @property
     def unlabelled(self) -> int:
         """Instances without a label: legal, not trained on, excluded from every mean of the metrics."""
         return int((self.labels_per_row == 0).sum())

@@ -52,7 +52,7 @@ def evaluate(
     Texts are encoded in this process: for millions of rows, score them on a cluster and use `evaluate_predictions`.
     Raises ValueError where no row has a label, and where the memory is not of this corpus's training part and labels.
     """
-    b = min(max(width_of(settings.neighbours), DEPTH), MOST_NEIGHBOURS)
+    b = min(max(width_of(settings.neighbours), DEPTH + corpus.test.most_filtered), MOST_NEIGHBOURS)
     rows: dict[str, PredictionSection] = {
         LABELS_ONLY: settings.model_copy(update={"lambda_": 0.0, "neighbours": Neighbours(instances=0, labels=b)}),
         INSTANCES_ONLY: settings.model_copy(update={"lambda_": 1.0, "neighbours": Neighbours(instances=b, labels=0)}),
@@ -162,8 +162,7 @@ def refuse_foreign(manifest: Manifest, corpus: Corpus) -> None:
 def popular(corpus: Corpus, depth: int) -> np.ndarray:
     """int32 [B, depth]: the most frequent training labels, less the row's filter pairs."""
     counts = np.bincount(corpus.train.relevance.indices, minlength=len(corpus.labels))
-    slack = int(np.diff(corpus.test.filtered.indptr).max(initial=0))
-    ranked = np.argsort(-counts, kind="stable")[: depth + slack].astype(np.int32)
+    ranked = np.argsort(-counts, kind="stable")[: depth + corpus.test.most_filtered].astype(np.int32)
     first = np.pad(ranked[:depth], (0, max(0, depth - len(ranked))), constant_values=-1)
     predicted = np.tile(first, (len(corpus.test), 1))
     filtered: sp.csr_matrix = corpus.test.filtered[:, ranked]

@@ -61,11 +61,10 @@ def evaluate_predictions(
         predicted, depth = _by_row(written, corpus)
     deepest = max(*PRECISION_AT, *RECALL_AT)
     if depth < deepest:
-        slack = int(np.diff(corpus.test.filtered.indptr).max(initial=0))
         logger.warning(
             "%s: %d labels were predicted for each row, of which filter pairs leave %d in the row with most of them: "
             "metrics that need more are left out. For all of them: raexmc score --k %d",
-            folder, written.k, depth, deepest + slack,
+            folder, written.k, depth, deepest + corpus.test.most_filtered,
         )  # fmt: skip
     if not depth:
         raise ValueError(f"{folder}: no label is left of a row's predictions: predict more of them (--k)")

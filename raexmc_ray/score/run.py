@@ -183,6 +183,8 @@ class _UnitScorer:
             rows = [self._do(Unit(**unit)) for unit in units.to_pylist()]
         except (UnreadableError, ShardUnavailableError) as error:
             return {"error": np.array([str(error)])}
+        except OSError as error:  # no space, no rights, a store that does not answer
+            return {"error": np.array([f"{self._task.output}: cannot be written, or its inputs read: {error}"])}
         return {"rows": np.array([sum(rows)])}
 
     def _do(self, unit: Unit) -> int:

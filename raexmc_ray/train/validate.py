@@ -45,12 +45,13 @@ def validate(
     queries = embed_part(encoder, held_out.tokens, recipe.encoder.batch_size, instances.first, instances.ranks)
     settings = recipe.prediction
     b = settings.neighbours.joint or max(settings.neighbours.instances or 0, settings.neighbours.labels or 0)
-    instances_Bb, instance_scores_Bb = search(queries, instances, max(b, DEPTH))
-    labels_Bb, label_scores_Bb = search(queries, labels, max(b, DEPTH))
+    b = max(b, DEPTH + int(np.diff(held_out.filtered.indptr).max(initial=0)))
+    instances_Bb, instance_scores_Bb = search(queries, instances, b)
+    labels_Bb, label_scores_Bb = search(queries, labels, b)
     rows = {
         "": (settings.lambda_, settings.neighbours),
-        " labels only": (0.0, Neighbours(instances=0, labels=max(b, DEPTH))),
-        " instances only": (1.0, Neighbours(instances=max(b, DEPTH), labels=0)),
+        " labels only": (0.0, Neighbours(instances=0, labels=b)),
+        " instances only": (1.0, Neighbours(instances=b, labels=0)),
     }
     predicted: dict[str, list[np.ndarray]] = {name: [] for name in rows}
     for first in range(0, max(len(queries.rows), 1), BLOCK_ROWS):
