@@ -19,8 +19,6 @@ from pydantic import BaseModel, ConfigDict
 CHUNK_BYTES = 16 << 20
 SCRATCH = "raexmc-scratch-"
 """How the names of temporary folders begin."""
-OBJECT_STORES = frozenset({"s3", "gcs"})
-"""pyarrow's names of the filesystems that have no folders."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Folder:
     def write(self, data: bytes) -> None:
         """Put `data` at this path in one atomic step: a reader sees the old file or the whole new one."""
         parent, _, name = self.path.rpartition("/")
-        if self.filesystem.type_name not in OBJECT_STORES:  # to mark one costs requests, and rights above it
+        if self.filesystem.type_name != "s3":  # there is none there; to mark one costs requests, and rights above it
             self.filesystem.create_dir(parent, recursive=True)
         if not self.is_local:  # an object store shows an object only when it is whole
             with self.filesystem.open_output_stream(self.path) as stream:
@@ -94,7 +92,8 @@ class Folder:
 
     def upload(self, local: Path) -> None:
         """Copy the files of a local folder to this path."""
-        self.filesystem.create_dir(self.path, recursive=True)
+        if self.filesystem.type_name != "s3":
+            self.filesystem.create_dir(self.path, recursive=True)
         source = pafs.LocalFileSystem()
         pafs.copy_files(str(local), self.path, source_filesystem=source, destination_filesystem=self.filesystem)
 

@@ -268,16 +268,13 @@ class Recipe(Section):
     prediction: PredictionSection = PredictionSection()
     cluster: ClusterSection = ClusterSection()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_temperature(cls, settings: Any) -> Any:
+    @model_validator(mode="after")
+    def _one_temperature(self) -> Self:
         """τ is the same in training and prediction unless both are set (METHOD.md)."""
-        if not isinstance(settings, dict):
-            return settings
-        training, prediction = settings.get("training"), settings.get("prediction", {})
-        if isinstance(training, dict) and isinstance(prediction, dict) and "temperature" in training:
-            return settings | {"prediction": {"temperature": training["temperature"]} | prediction}
-        return settings
+        if "temperature" in self.training.model_fields_set - self.prediction.model_fields_set:
+            same = self.prediction.model_copy(update={"temperature": self.training.temperature})
+            object.__setattr__(self, "prediction", same)  # frozen
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

@@ -221,16 +221,26 @@ def test_the_gate_answers_where_serve_has_only_its_own_words(caplog: pytest.LogC
 
 def test_the_gate_keeps_room_for_probes() -> None:
     """What is busy is alive; yet probes are no way around the gate."""
-    app = Gate(Starlette(routes=[Route("/v1/slow", _slow), Route("/v1/health", _slow)]), 1, lambda *_: None)
 
-    async def run() -> list[int]:
-        async with talk_to(app) as http:
-            first = asyncio.ensure_future(http.get("/v1/slow"))
-            await asyncio.sleep(0.05)
-            probes = [asyncio.ensure_future(http.get("/v1/health")) for _ in range(SPARE + 1)]
-            return [reply.status_code for reply in await asyncio.gather(first, *probes)]
+    async def run() -> tuple[int, list[int]]:
+        come, go = asyncio.Semaphore(0), asyncio.Event()
 
-    assert asyncio.run(run()) == [200] * (1 + SPARE) + [503]
+        async def held(request: Request) -> PlainTextResponse:
+            come.release()
+            await go.wait()
+            return PlainTextResponse("done")
+
+        routes = [Route("/v1/predict", held), Route("/v1/health", held)]
+        async with talk_to(Gate(Starlette(routes=routes), 1, lambda *_: None)) as http:
+            paths = ["/v1/predict", *["/v1/health"] * SPARE]
+            held_up = [asyncio.ensure_future(http.get(path)) for path in paths]
+            for _ in paths:
+                await come.acquire()
+            beyond = await http.get("/v1/health")
+            go.set()
+            return beyond.status_code, [reply.status_code for reply in await asyncio.gather(*held_up)]
+
+    assert asyncio.run(run()) == (503, [200] * (1 + SPARE))
 
 
 def test_a_caller_that_left_is_no_refusal() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from raexmc_ray.cli.apply import query, score
 from raexmc_ray.cli.make import build, embed, train
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except (ValueError, OSError, ArithmeticError, DeploymentFailedError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from raexmc_ray.answer import ScoredLabel
@@ -17,14 +17,14 @@ console = Console()
 
 def print_answer(text: str, labels: Sequence[ScoredLabel]) -> None:
     """The labels of one text as a table, with the evidence for each."""
-    table = Table(title=escape(text), title_justify="left", pad_edge=False, box=None)
+    table = Table(title=Text(text), title_justify="left", pad_edge=False, box=None)
     for name, justify in (("score", "right"), ("label", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literals
     for label in labels:
-        table.add_row(f"{label.score:.4f}", escape(label.text))
+        table.add_row(f"{label.score:.4f}", Text(label.text))
         for vote in label.evidence or []:
             said = f"{vote.share:>4.0%} from {vote.kind}, cosine {vote.similarity:.2f}: {vote.text}"
-            table.add_row("", f"[dim]  {escape(said)}[/dim]")
+            table.add_row("", Text(f"  {said}", style="dim"))
     console.print(table)
     console.print()
 

@@ -131,8 +131,7 @@ class Measured:
         (folder / rows.name).write(sink.getvalue())
         written = self.evaluation.model_copy(update={"rows": rows})
         file.write(written.model_dump_json(indent=2, by_alias=True).encode() + b"\n")
-        others = (folder / other for other in folder.names() if other.endswith(".json"))
-        if before and before not in {_rows_named(other) for other in others}:  # a copy of the JSON may still name them
+        if before and before != rows.name:
             (folder / before).remove_file()
         return written
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import pyarrow.fs as pafs
@@ -48,14 +49,22 @@ class InputFile:
 
 
 class _Lister(ArrowFSWrapper):
-    """Passes over no folder that it cannot list: its rows would be missing, and nothing would say so."""
+    """Passes over no folder that it cannot list, where the pattern leads there: rows would be missing in silence."""
 
-    def walk(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        def refuse(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError):
-                raise error
+    def glob(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self._pattern = path.strip("/").split("/")
+        return super().glob(path, *args, **kwargs)
 
-        return super().walk(path, *args, **kwargs | {"on_error": refuse})
+    def ls(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().ls(path, *args, **kwargs)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # of which `walk` makes an empty folder
+            leading = list(zip(path.strip("/").split("/"), self._pattern, strict=False))
+            if any("**" in wanted for _, wanted in leading) or all(fnmatchcase(*pair) for pair in leading):
+                raise ValueError(f"{path}: cannot be listed: {error}") from None
+            raise
 
 
 def find_inputs(inputs: Sequence[str], output: Folder | None = None) -> list[InputFile]:
@@ -96,10 +105,10 @@ def _expand(root: Folder) -> Iterator[InputFile]:
         yield from _in_folder(root)
     elif any(character in root.path for character in GLOB):
         shown = list(_shown(root, root.filesystem.get_file_info(_Lister(root.filesystem).glob(root.path))))
-        folders = [info for info in shown if info.type == pafs.FileType.Directory]
-        for folder in folders:
-            yield from _in_folder(Folder(root.filesystem, folder.path))
-        yield from _of_known_kinds(root, [info for info in shown if info not in folders])
+        for info in shown:
+            if info.type == pafs.FileType.Directory:
+                yield from _in_folder(Folder(root.filesystem, info.path))
+        yield from _of_known_kinds(root, [info for info in shown if info.type != pafs.FileType.Directory])
     else:
         raise ValueError(f"{root}: there is no such file or folder")
 

@@ -150,6 +150,8 @@ def summarise(output: Folder, job: Job, cut: Sequence[CutFile], done: int, secon
     _sweep(output)
     reasons: Counter[str] = Counter()
     for name in (output / REJECTED).names():
+        if name.startswith("."):
+            continue
         part = output / REJECTED / name
         with part.filesystem.open_input_file(part.path) as source:
             reasons.update(pq.read_table(source, columns=["reason"])["reason"].to_pylist())

@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -278,40 +277,30 @@ def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe,
     (target / DONE).write(json.dumps(details, indent=2).encode())
 
 
-@dataclass
-class Standing:
-    """How far a training is."""
-
-    begun: bool = False
-    """Whether there was room for its workers."""
-    step: int = 0
-    """Steps done."""
-    figures: dict[str, float] = field(default_factory=dict)
-    """The last value of each."""
-    stopped: Exception | None = None
-    """Why the run cannot go on."""
-
-
 @ray.remote(num_cpus=0)
 class ProgressActor:
     """Where the first worker says how far it is, and the driver reads it."""
 
     def __init__(self) -> None:
-        self._standing = Standing()
+        self._begun, self._step = False, 0
+        self._figures: dict[str, float] = {}
+        self._stopped: Exception | None = None
 
     def begin(self) -> None:
-        self._standing.begun = True
+        """There was room for the workers."""
+        self._begun = True
 
     def update(self, step: int, figures: dict[str, float]) -> None:
-        self._standing.step = step
-        self._standing.figures |= figures
+        self._step = step
+        self._figures |= figures
 
     def stop(self, error: Exception) -> None:
         """The run cannot go on."""
-        self._standing.stopped = error
+        self._stopped = error
 
-    def get(self) -> Standing:
-        return self._standing
+    def get(self) -> tuple[bool, int, dict[str, float], Exception | None]:
+        """(whether it has begun, steps done, the last value of each figure, why the run cannot go on)."""
+        return self._begun, self._step, self._figures, self._stopped
 
 
 class _Watcher:
@@ -347,9 +336,8 @@ class _Watcher:
             self._show()
 
     def _show(self) -> None:
-        standing = ray.get(self._actor.get.remote())
-        self.stopped, step, figures = standing.stopped, standing.step, standing.figures
-        if not standing.begun and time.monotonic() > self._busy_at:
+        begun, step, figures, self.stopped = ray.get(self._actor.get.remote())
+        if not begun and time.monotonic() > self._busy_at:
             self._busy_at = math.inf
             self._say_busy()
         if not self._told_time and "seconds_per_step" in figures:
