@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,12 +65,20 @@ class Tokens:
         ids[mask] = self.ids
         return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
-    def chunks_by_length(self, size: int) -> Iterator[tuple[np.ndarray, Tokens]]:
+    def chunks_by_length(self, size: int, least: int = 1) -> Iterator[tuple[np.ndarray, Tokens]]:
         """(rows, their tokens) in chunks of up to `size` texts of nearly equal length, the longest first:
-        so little is padded, and memory is at its peak at once."""
+        so little is padded, and memory is at its peak at once.
+
+        least: where `size` gives fewer chunks than this, the texts are shared out over so many by their tokens.
+        """
         order = np.argsort(-self.lengths, kind="stable")
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
+        starts = np.arange(0, len(order), size)
+        if 0 < len(starts) < least:
+            ends = np.cumsum(self.lengths[order])
+            shares = ends[-1] * np.arange(1, least) / least
+            starts = np.unique([0, *np.minimum(np.searchsorted(ends, shares) + 1, len(order) - 1)])
+        for start, stop in itertools.pairwise([*starts, len(order)]):
+            rows = order[start:stop]
             yield rows, self.take(rows)
 
 
@@ -105,6 +115,8 @@ class TextEncoder(nn.Module):
         self.lexical: Lexical | None = None
         """What `encode` joins to the tower's embeddings; see `with_lexical`."""
         self._compute_dtype = torch.float32
+        self._threads = 1
+        self._pool: ThreadPoolExecutor | None = None
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError("the encoder's tokenizer has no fast (Rust) backend: take a model that has one")
@@ -193,6 +205,15 @@ class TextEncoder(nn.Module):
             self.model.set_attn_implementation("eager")  # type: ignore[operator]  # transformers'
         return self
 
+    def encode_in_threads(self, threads: int) -> None:
+        """From now on encode so many chunks at a time on this process's CPUs, each in one thread.
+
+        By default torch has several threads for each operation, which wait for one another at the end of each: beside
+        other processes that takes up to twice the time, and a lone short text is sooner done by one.
+        """
+        torch.set_num_threads(1)
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads, "encode") if threads > 1 else None
+
     def round_weights(self) -> None:
         """Round the weights of matrix products to bfloat16 once, as a forward pass in it does at every call.
 
@@ -225,19 +246,25 @@ class TextEncoder(nn.Module):
         mean = (states * weights).sum(1) / weights.sum(1)
         return nn.functional.normalize(mean, dim=-1)
 
-    def chunks(self, tokens: Tokens, size: int) -> list[Chunk]:
-        """`tokens` cut into chunks of up to `size` texts, the longest first, on the CPU."""
+    def chunks(self, tokens: Tokens, size: int, least: int = 1) -> list[Chunk]:
+        """`tokens` cut into chunks, the longest first, on the CPU: see `Tokens.chunks_by_length`."""
         return [
-            Chunk(torch.from_numpy(rows), *part.padded(self._pad_id)) for rows, part in tokens.chunks_by_length(size)
+            Chunk(torch.from_numpy(rows), *part.padded(self._pad_id))
+            for rows, part in tokens.chunks_by_length(size, least)
         ]
 
-    @torch.inference_mode()
     def encode_tokens(self, tokens: Tokens, batch_size: int = 64) -> torch.Tensor:
         """The tower's embeddings float32 [texts, width] of `tokens`, on its device and in their own order."""
         embeddings = torch.empty(len(tokens), self.width, device=self.device)
-        for chunk in self.chunks(tokens, batch_size):
+
+        @torch.inference_mode()
+        def embed(chunk: Chunk) -> None:
             on_device = chunk.to(self.device)
             embeddings[on_device.rows] = self(on_device.ids, on_device.mask)
+
+        chunks = self.chunks(tokens, batch_size, self._threads)
+        for _ in self._pool.map(embed, chunks) if self._pool and len(chunks) > 1 else map(embed, chunks):
+            pass  # what one raises is raised here
         return embeddings
 
     @property
@@ -330,7 +357,7 @@ def use_hardware(
         raise ValueError("this process owns a GPU, and torch sees none: install the extra [gpu], not [cpu]")
     device = torch.device("cuda" if gpu else "cpu")
     if device.type == "cpu":
-        torch.set_num_threads(max(1, threads))
+        encoder.encode_in_threads(max(1, threads))
     if precision == "auto":
         reduced = bfloat16_is_native(device) and (keys or device.type == "cuda")
     else:

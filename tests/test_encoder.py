@@ -120,18 +120,44 @@ def test_more_text_than_one_arrow_array_holds_is_cut_for_the_cluster(monkeypatch
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9), st.integers(1, 4))
-def test_tokens_are_taken_padded_and_chunked_whole(rows: list[list[int]], size: int) -> None:
+@given(
+    st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_tokens_are_taken_padded_and_chunked_whole(rows: list[list[int]], size: int, least: int) -> None:
     tokens = Tokens(np.array([token for row in rows for token in row], np.int32), np.cumsum([0, *map(len, rows)]))
     ids, mask = tokens.padded(0)
     assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == rows
     assert (ids[mask == 0] == 0).all()
     seen = {}
-    for places, part in tokens.chunks_by_length(size):
-        assert len(part) == len(places) <= size
+    chunks = list(tokens.chunks_by_length(size, least))
+    assert all(len(part) == len(places) > 0 for places, part in chunks)
+    if -(-len(rows) // size) >= least:
+        assert max(len(part) for _, part in chunks) <= size
+    else:  # shared out by tokens: no more of them than what is a share, and a text
+        assert max(len(part.ids) for _, part in chunks) <= len(tokens.ids) / least + max(map(len, rows))
+        assert len(chunks) <= least
+    for places, part in chunks:
         for i, place in enumerate(places.tolist()):
             seen[place] = part.ids[part.offsets[i] : part.offsets[i + 1]].tolist()
     assert seen == dict(enumerate(rows))
+
+
+def test_threads_change_no_embedding_and_hide_no_error() -> None:
+    before = torch.get_num_threads()
+    encoder = TextEncoder.load(MODEL, layers=1, max_tokens=16)
+    texts = [f"{text} {i}" for i in range(5) for text in TEXTS]
+    expected = encoder.encode(texts)
+    try:
+        encoder.encode_in_threads(3)
+        for some in (texts, texts[:2], texts[:1]):
+            assert np.allclose(encoder.encode(some), expected[: len(some)], atol=1e-6)
+        assert np.allclose(encoder.encode(texts, batch_size=2), expected, atol=1e-6)
+        with pytest.raises(IndexError):
+            encoder.encode_tokens(Tokens(np.array([1, 10**6], np.int32), np.arange(3)))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_nothing_in_nothing_out() -> None:

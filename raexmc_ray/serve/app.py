@@ -39,7 +39,7 @@ def build_app(settings: ServeSettings) -> Application:
         ray_actor_options={
             "num_cpus": settings.encoder_cpus,
             "num_gpus": settings.encoder_gpus,
-            "runtime_env": {"env_vars": {**KEEP_FREED_MEMORY, **SLEEP_WHEN_IDLE, "OMP_NUM_THREADS": str(threads)}},
+            "runtime_env": {"env_vars": KEEP_FREED_MEMORY},
         },
         **encoders,
         **common,
