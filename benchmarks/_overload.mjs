@@ -1,5 +1,6 @@
 // Sends requests at a fixed rate, whether or not the ones before were answered: node _overload.mjs URL RATE SECONDS TEXTS
-// Prints a JSON line a second: answers and refusals (429, 503), their latencies in ms, and what else there was.
+// Prints a JSON line about every second: when (in s), answers and refusals (429, 503), their latencies in ms, and what
+// else there was.
 import http from 'node:http'
 import { readFileSync } from 'node:fs'
 
@@ -36,6 +37,6 @@ const pace = setInterval(() => {
 const report = setInterval(() => {
   const done = now
   now = fresh()
-  console.log(JSON.stringify({ sent: done.sent, waiting, other: done.other, answered: summary(done.answered), refused: summary(done.refused) }))
+  console.log(JSON.stringify({ at: (performance.now() - start) / 1000, sent: done.sent, waiting, other: done.other, answered: summary(done.answered), refused: summary(done.refused) }))
   if (performance.now() - start > 1000 * Number(seconds) && waiting === 0) { clearInterval(pace); clearInterval(report); agent.destroy() }
 }, 1000)
