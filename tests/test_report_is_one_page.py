@@ -186,6 +186,23 @@ def test_sources_are_counted_as_by_hand() -> None:
     assert found.label_share_wrong == pytest.approx((0 + 1) / 2)
 
 
+def test_a_filter_pair_that_is_relevant_too_is_not_judged() -> None:
+    """Label 0 is right for its row, and its filter pair; label 1 is right alone. Their own keys are retrieved."""
+    hits = Hits(
+        key_ids_Bb=np.array([[10, 11]]),
+        scores_Bb=np.array([[0.9, 0.8]], np.float32),
+        is_label_Bb=np.array([[True, True]]),
+        votes=np.array([0, 1], np.int32),
+        vote_offsets=np.array([0, 1, 2]),
+        snapshot="s",
+    )
+    relevance, exclude = (sp.csr_matrix(np.array([row], np.float32)) for row in ([1, 1], [1, 0]))
+    counts = SourceCounts(2)
+    predictions = Predictions(np.array([[1]]), np.array([[0.5]], np.float32))
+    counts.add(hits, predictions, relevance, exclude, PredictionSection(neighbours=Neighbours(joint=2)))
+    assert counts.sources().labels.right == 1, "of one key that is judged, not of two"
+
+
 def test_probabilities_are_what_happens() -> None:
     """Scores whose true probabilities are known: the two numbers are found, and the error measured goes away."""
     rng = np.random.default_rng(0)

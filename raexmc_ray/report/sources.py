@@ -46,12 +46,11 @@ class SourceCounts:
         relevant = _pairs(relevance)
         cell = np.repeat(np.arange(B * b), np.diff(hits.vote_offsets))
         vote = cell // max(1, b) * L + hits.votes
-        right_cells = np.zeros(B * b, bool)
-        right_cells[cell[np.isin(vote, relevant)]] = True
-        right_Bb = right_cells.reshape(B, b)
-        judged_cells = np.zeros(B * b, bool)
-        judged_cells[cell[~np.isin(vote, _pairs(exclude))]] = True
-        judged_Bb = judged_cells.reshape(B, b)
+        judged = ~np.isin(vote, _pairs(exclude))
+        judged_cells, right_cells = np.zeros((2, B * b), bool)
+        judged_cells[cell[judged]] = True
+        right_cells[cell[judged & np.isin(vote, relevant)]] = True  # a filter pair may be relevant, too
+        judged_Bb, right_Bb = judged_cells.reshape(B, b), right_cells.reshape(B, b)
         # λ = 1/2 weighs both kinds alike: twice that is the softmax mass.
         mass_Bb = 2 * weigh(hits, 0.5, settings.temperature)
         for kind in range(KINDS):
