@@ -14,6 +14,10 @@ import scipy.sparse as sp
 from raexmc_ray.memory.hits import Hits, best_cells
 from raexmc_ray.ragged import rank_in_row
 
+BY_SIMILARITY = 0.05
+"""A τ at which labels that only their own keys vote for stand in the order of their similarities: at far lower ones
+most have no score (a float32 says no less than 1e-45), at far higher ones near ones have the same."""
+
 
 @dataclass(frozen=True)
 class Predictions:

@@ -79,6 +79,15 @@ def test_the_table_is_that_of_retrievals_apart(memory: Memory, corpus: Corpus, n
         assert table[row] == pytest.approx(figures)
 
 
+def test_labels_only_are_ranked_by_similarity_at_any_temperature(
+    memory: Memory, corpus: Corpus, measured: Measured
+) -> None:
+    """At a low one the weights of all but the nearest are below what a float32 can say."""
+    for temperature in (0.001, 0.004, 10.0):
+        table = evaluate(memory, corpus, SECTION, SETTINGS.model_copy(update={"temperature": temperature})).table
+        assert table["labels only"] == measured.table["labels only"]
+
+
 def test_so_it_is_where_a_deeper_search_finds_other_keys(corpus: Corpus, tmp_path: Path) -> None:
     build_memory(corpus, tiny_encoder(), tmp_path, MemorySection(shards=1, index="ivf-pq"), SETTINGS)
     memory = raexmc_ray.open(tmp_path)

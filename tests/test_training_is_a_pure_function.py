@@ -20,7 +20,9 @@ from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.curves import draw_curves, read_curves
 from raexmc_ray.train.loop import Loop, NonFiniteLossError, State
+from raexmc_ray.train.mining import embed_part
 from raexmc_ray.train.trainer import run_key, training_data
+from raexmc_ray.train.validate import validate
 from raexmc_ray.train.worker import flatten, make_encoder, unflatten
 
 EVERYTHING = [
@@ -98,6 +100,18 @@ def test_the_best_checkpoint_is_kept_and_named(undisturbed: tuple) -> None:
     best = loop.checkpoints.open(state.best_step)
     assert best is not None
     assert best.state["best_step"] == state.best_step
+
+
+def test_held_out_labels_only_are_ranked_by_similarity_at_any_temperature(undisturbed: tuple) -> None:
+    _, loop, _ = undisturbed
+    keys = [embed_part(loop.encoder, tokens, 64) for tokens in (loop.data.instances, loop.data.labels)]
+
+    def measured(temperature: float) -> dict[str, float]:
+        recipe = Recipe.parse(loop.recipe.model_dump(by_alias=True), [f"prediction.temperature={temperature}"])
+        figures = validate(loop.encoder, loop.data.held_out, *keys, loop.data.relevance, recipe)
+        return {name: value for name, value in figures.items() if "labels only" in name}
+
+    assert measured(0.001) == measured(0.08)
 
 
 def test_the_curves_can_be_looked_at(undisturbed: tuple) -> None:

@@ -16,7 +16,7 @@ from raexmc_ray.evaluation.retrieve import Retrieved, Stopwatch, deepest_of, enc
 from raexmc_ray.local import Memory
 from raexmc_ray.memory.snapshot import Manifest, memory_id
 from raexmc_ray.metrics import BEST, PRECISION_AT, RECALL_AT, inverse_propensity, judge, metrics_of, row_figures
-from raexmc_ray.predict import Predictions
+from raexmc_ray.predict import BY_SIMILARITY, Predictions
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import MOST_NEIGHBOURS, CorpusSection, Neighbours, PredictionSection, Recipe
 
@@ -47,14 +47,16 @@ def evaluate(
     """Measure a memory on the test part of `corpus`, with the filter pairs dropped.
 
     The rows of the table: `popularity` (the labels with most training instances for everyone), `labels only` (the dual
-    encoder: the nearest labels), `instances only` (λ = 1 over the nearest instances), `both` (`settings`). They come
-    from one retrieval, where the kind of index gives the same keys for any number of neighbours (`CUTTING_KINDS`).
+    encoder: the nearest labels, at any τ), `instances only` (λ = 1 over the nearest instances), `both` (`settings`).
+    They come from one retrieval, where the kind of index gives the same keys for any number of neighbours
+    (`CUTTING_KINDS`).
     Texts are encoded in this process: for millions of rows, score them on a cluster and use `evaluate_predictions`.
     Raises ValueError where no row has a label, and where the memory is not of this corpus's training part and labels.
     """
     b = min(max(width_of(settings.neighbours), DEPTH + corpus.test.most_filtered), MOST_NEIGHBOURS)
+    nearest = {"lambda_": 0.0, "temperature": BY_SIMILARITY, "neighbours": Neighbours(instances=0, labels=b)}
     rows: dict[str, PredictionSection] = {
-        LABELS_ONLY: settings.model_copy(update={"lambda_": 0.0, "neighbours": Neighbours(instances=0, labels=b)}),
+        LABELS_ONLY: settings.model_copy(update=nearest),
         INSTANCES_ONLY: settings.model_copy(update={"lambda_": 1.0, "neighbours": Neighbours(instances=b, labels=0)}),
         BOTH: settings,
     }

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from raexmc_ray.encoder import TextEncoder, Tokens
 from raexmc_ray.memory.hits import Hits, merge_hits
 from raexmc_ray.metrics import score_table
-from raexmc_ray.predict import aggregate
+from raexmc_ray.predict import BY_SIMILARITY, aggregate
 from raexmc_ray.ragged import ragged_take
 from raexmc_ray.recipe import MOST_NEIGHBOURS, Neighbours, Recipe
 from raexmc_ray.train.mining import Part, all_rows, embed_part, search
@@ -49,9 +49,9 @@ def validate(
     instances_Bb, instance_scores_Bb = search(queries, instances, b)
     labels_Bb, label_scores_Bb = search(queries, labels, b)
     rows = {
-        "": (settings.lambda_, settings.neighbours),
-        " labels only": (0.0, Neighbours(instances=0, labels=b)),
-        " instances only": (1.0, Neighbours(instances=b, labels=0)),
+        "": (settings.lambda_, settings.temperature, settings.neighbours),
+        " labels only": (0.0, BY_SIMILARITY, Neighbours(instances=0, labels=b)),
+        " instances only": (1.0, settings.temperature, Neighbours(instances=b, labels=0)),
     }
     predicted: dict[str, list[np.ndarray]] = {name: [] for name in rows}
     for first in range(0, max(len(queries.rows), 1), BLOCK_ROWS):
@@ -60,11 +60,11 @@ def validate(
             _hits(instances_Bb[block], instance_scores_Bb[block], relevance),
             _hits(labels_Bb[block], label_scores_Bb[block], None, first_key=relevance.shape[0]),
         ]
-        for name, (lambda_, neighbours) in rows.items():
+        for name, (lambda_, temperature, neighbours) in rows.items():
             answers = aggregate(
                 merge_hits(found, neighbours),
                 lambda_=lambda_,
-                temperature=settings.temperature,
+                temperature=temperature,
                 k=DEPTH,
                 exclude=held_out.filtered[queries.rows[block]],
             )
