@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import tiny_encoder
+from helpers import corpus_of, random_relevance, tiny_encoder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import raexmc_ray
 from raexmc_ray.corpus import Corpus, Split, read_corpus
 from raexmc_ray.corpus.types import pair_matrix
-from raexmc_ray.evaluation import evaluate
+from raexmc_ray.evaluation import evaluate, predictions
 from raexmc_ray.evaluation.compare import compare
-from raexmc_ray.evaluation.predictions import evaluate_predictions
+from raexmc_ray.evaluation.predictions import Written, by_row, evaluate_predictions
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.predict import aggregate
@@ -112,6 +115,50 @@ def test_rows_with_fewer_predictions_than_were_asked_for_are_whole(corpus: Corpu
     assert figures["P@1"] == 100
     assert figures["P@5"] == pytest.approx(20)
     assert 0 < figures["R@100"] == figures["R@10"]
+
+
+def written(rng: np.random.Generator, rows: int, labels: int, k: int, fewer: bool) -> tuple[Written, Corpus]:
+    """Predictions in another order than that of the test rows, k a row or with `fewer` some less; their corpus, in
+    which a third of all pairs are filter pairs."""
+    relevance, filtered = random_relevance(rng, rows, labels), random_relevance(rng, rows, labels)
+    whole = corpus_of(relevance)
+    test = Split(whole.train.texts, relevance, filtered)
+    lengths = rng.integers(0, k + 1, size=rows) if fewer else np.full(rows, k)
+    predicted = [rng.permutation(labels)[:length] for length in lengths]
+    ids = test.texts["uid"].take(rng.permutation(rows)).combine_chunks().cast(pa.large_string())
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    flat = np.concatenate(predicted).astype(np.int32)
+    files = Written(ids, flat, offsets, np.zeros(rows, int), ["a"], k, None, None)
+    return files, Corpus(whole.train, test, whole.labels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), rows=st.integers(1, 12), k=st.integers(1, 9), fewer=st.booleans())
+def test_blocks_of_rows_are_a_plain_loop_over_them(seed: int, rows: int, k: int, fewer: bool) -> None:
+    files, corpus = written(np.random.default_rng(seed), rows, 9, k, fewer)
+    filtered = corpus.test.filtered.toarray() > 0
+    left: dict[int, list[int]] = {}
+    expected = 5
+    for place, uid in enumerate(files.ids.to_pylist()):
+        row, labels = int(uid.removeprefix("x")), files.labels[files.offsets[place] : files.offsets[place + 1]]
+        left[row] = [label for label in labels.tolist() if not filtered[row, label]]
+        if len(labels) == k:
+            expected = min(expected, len(left[row]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictions, "BLOCK_ROWS", 5)
+        patch.setattr(predictions, "DEPTH", 5)
+        predicted, depth = by_row(files, corpus)
+    assert depth == predicted.shape[1] == expected
+    assert predicted.tolist() == [(left[row] + [-1] * expected)[:expected] for row in range(rows)]
+
+
+def test_they_take_little_more_memory_than_what_is_measured() -> None:
+    files, corpus = written(np.random.default_rng(0), 20_000, 160, 151, fewer=False)
+    tracemalloc.start()
+    predicted, _ = by_row(files, corpus)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * predicted.nbytes
 
 
 def test_what_does_not_fit_the_rows_is_refused(memory: raexmc_ray.Memory, corpus: Corpus, tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from raexmc_ray.evaluation.measure import BOTH, DEPTH, POPULARITY, measure, popu
 from raexmc_ray.evaluation.result import Measured
 from raexmc_ray.evaluation.retrieve import Stopwatch
 from raexmc_ray.files import Folder
-from raexmc_ray.metrics import PRECISION_AT, RECALL_AT
-from raexmc_ray.ragged import rank_in_row
+from raexmc_ray.metrics import PRECISION_AT, RECALL_AT, look_up
 from raexmc_ray.recipe import CorpusSection, PredictionSection, Recipe
 
 PREDICTIONS = "evaluation-predictions.json"
 REJECTED = "rejected"
 """The folder of rows that could not be scored."""
+BLOCK_ROWS = 1024
+"""Rows put in order at once: a few megabytes at a hundred and fifty labels each."""
 logger = logging.getLogger("raexmc_ray")
 
 
@@ -31,7 +32,7 @@ logger = logging.getLogger("raexmc_ray")
 class Written:
     """Predictions as they are in their files.
 
-    ids: strings, one a row. labels: integers, of all rows one after the other, the best first; offsets: int64.
+    ids: strings, one a row. labels: int32, of all rows one after the other, the best first; offsets: int64.
     files: the file of each row, as a place in `names`. k: labels asked for; a row with fewer has no more.
     """
 
@@ -57,8 +58,8 @@ def evaluate_predictions(
     refuse_unlabelled(corpus)
     clock = Stopwatch()
     with clock.stage("read"):
-        written = read_predictions(folder)
-        predicted, depth = _by_row(written, corpus)
+        written = read_predictions(folder, len(corpus.labels))
+        predicted, depth = by_row(written, corpus)
     deepest = max(*PRECISION_AT, *RECALL_AT)
     if depth < deepest:
         logger.warning(
@@ -80,13 +81,14 @@ def evaluate_predictions(
     )
 
 
-def read_predictions(folder: Folder) -> Written:
-    """All predictions under a folder, in the order of the files' paths. Raises FileNotFoundError, ValueError."""
+def read_predictions(folder: Folder, L: int) -> Written:
+    """All predictions under a folder, of L labels, in the order of the files' paths. Raises FileNotFoundError,
+    ValueError."""
     selector = pafs.FileSelector(folder.path, recursive=True, allow_not_found=True)
     paths = sorted(info.path for info in folder.filesystem.get_file_info(selector) if _is_part(info.path, folder.path))
     if not paths:
         raise FileNotFoundError(f"no predictions under {folder}: there is no Parquet file; `raexmc score` writes them")
-    tables, said = [], set()
+    parts, said = [], set()
     for path in paths:
         file = Folder(folder.filesystem, path)
         try:
@@ -97,23 +99,38 @@ def read_predictions(folder: Folder) -> Written:
         if not pa.types.is_integer(getattr(table.schema.field("labels").type, "value_type", pa.string())):
             raise ValueError(f"{file}: column 'labels' must be lists of integers: {table.schema.field('labels').type}")
         said.add(_said(table.schema.metadata or {}))
-        tables.append(table.replace_schema_metadata())
+        parts.append(_read_part(file, table, L))
     settings, snapshot = said.pop() if len(said) == 1 else (None, None)
     if said:
         raise ValueError(f"{folder}: has predictions of several runs ({len(said)} settings or snapshots): name one")
-    lists = [table["labels"].combine_chunks().cast(pa.large_list(pa.int64())) for table in tables]
-    lengths = np.concatenate([np.diff(part.offsets.to_numpy()) for part in lists])
+    ids, labels, lengths_of_parts = zip(*parts, strict=True)
+    lengths = np.concatenate(lengths_of_parts)
     read = PredictionSection.model_validate_json(settings) if settings else None
     return Written(
-        pa.concat_arrays([table["id"].combine_chunks().cast(pa.large_string()) for table in tables]),
-        np.concatenate([part.flatten().to_numpy() for part in lists]),
+        pa.concat_arrays(ids),
+        np.concatenate(labels),
         np.concatenate([[0], np.cumsum(lengths)]),
-        np.repeat(np.arange(len(paths)), [len(table) for table in tables]),
+        np.repeat(np.arange(len(paths)), list(map(len, ids))),
         paths,
         read.k if read else int(lengths.max(initial=0)),
         read,
         snapshot,
     )
+
+
+def _read_part(file: Folder, table: pa.Table, L: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """(ids, labels int32, labels of each row int64) of a file. Raises ValueError where a label is none of L."""
+    ids = table["id"].combine_chunks().cast(pa.large_string())
+    lists = table["labels"].combine_chunks().cast(pa.large_list(pa.int64()))
+    labels, offsets = lists.flatten().to_numpy(), lists.offsets.to_numpy()
+    wrong = np.flatnonzero((labels < 0) | (labels >= L))
+    if len(wrong):
+        place = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
+        raise ValueError(
+            f"{file}, id {ids[place].as_py()!r}: label {labels[wrong[0]]} is none of the corpus's {L:,}: these are "
+            "predictions of another corpus"
+        )
+    return ids, labels.astype(np.int32), np.diff(offsets)
 
 
 def _is_part(path: str, root: str) -> bool:
@@ -133,41 +150,31 @@ def _said(metadata: dict[bytes, bytes]) -> tuple[str | None, str | None]:
     return prediction.model_dump_json(by_alias=True), snapshot.decode() if snapshot else None
 
 
-def _by_row(written: Written, corpus: Corpus) -> tuple[np.ndarray, int]:
+def by_row(written: Written, corpus: Corpus) -> tuple[np.ndarray, int]:
     """(int32 [B, depth], the labels of each test row less its filter pairs, −1 for none; depth). Raises ValueError."""
-    row = _test_rows(written, corpus)
+    row, filtered = _test_rows(written, corpus), corpus.test.filtered
     lengths = np.diff(written.offsets)
-    of_label = np.repeat(row, lengths)
-    L = len(corpus.labels)
-    if len(written.labels) and not (written.labels.min() >= 0 and written.labels.max() < L):
-        wrong = np.flatnonzero((written.labels < 0) | (written.labels >= L))[0]
-        place = int(np.searchsorted(written.offsets, wrong, side="right")) - 1
-        raise ValueError(
-            f"{written.names[written.files[place]]}, id {written.ids[place].as_py()!r}: label {written.labels[wrong]} "
-            f"is none of the corpus's {L:,}: these are predictions of another corpus"
-        )
-    filtered = corpus.test.filtered
-    pairs = np.repeat(np.arange(len(corpus.test)), np.diff(filtered.indptr)) * L + filtered.indices
-    kept = ~np.isin(of_label * L + written.labels, pairs)
-    of_label, label = of_label[kept], written.labels[kept]
-    left = np.bincount(of_label, minlength=len(corpus.test))
-    asked_for = np.empty(len(corpus.test), np.int64)
-    asked_for[row] = lengths
-    full = asked_for >= written.k  # the others have all that the neighbours gave
+    left = np.empty_like(lengths)
+    predicted = np.full((len(row), DEPTH), -1, np.int32)
+    for start in range(0, len(row), BLOCK_ROWS):
+        block = slice(start, min(start + BLOCK_ROWS, len(row)))
+        there_BW = np.arange(lengths[block].max()) < lengths[block, None]
+        labels_BW = np.full(there_BW.shape, -1, np.int32)
+        labels_BW[there_BW] = written.labels[written.offsets[block.start] : written.offsets[block.stop]]
+        in_order = np.sort(labels_BW, axis=1)
+        doubled = np.flatnonzero(((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(1))
+        if len(doubled):
+            place = start + int(doubled[0])
+            where = f"{written.names[written.files[place]]}, id {written.ids[place].as_py()!r}"
+            raise ValueError(f"{where}: a label is there twice: each is predicted once for a row")
+        dropped_BW = ~there_BW | look_up(labels_BW, filtered[row[block]])
+        left[block] = (~dropped_BW).sum(1)
+        order = np.argsort(dropped_BW, axis=1, kind="stable")[:, :DEPTH]
+        best = np.where(np.take_along_axis(dropped_BW, order, 1), -1, np.take_along_axis(labels_BW, order, 1))
+        predicted[row[block], : best.shape[1]] = best
+    full = lengths >= written.k  # the others have all that the neighbours gave
     depth = min(DEPTH, int(left[full].min(initial=DEPTH)))
-    order = np.argsort(of_label, kind="stable")
-    of_label, label = of_label[order], label[order]
-    rank = rank_in_row(of_label)
-    predicted = np.full((len(corpus.test), depth), -1, np.int32)
-    top = rank < depth
-    predicted[of_label[top], rank[top]] = label[top]
-    in_order = np.sort(predicted, axis=1)
-    doubled = np.flatnonzero(((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(1))
-    if len(doubled):
-        place = int(np.flatnonzero(row == doubled[0])[0])
-        where = f"{written.names[written.files[place]]}, id {written.ids[place].as_py()!r}"
-        raise ValueError(f"{where}: a label is there twice: each is predicted once for a row")
-    return predicted, depth
+    return predicted[:, :depth], depth
 
 
 def _test_rows(written: Written, corpus: Corpus) -> np.ndarray:
