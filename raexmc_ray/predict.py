@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from raexmc_ray.memory.hits import Hits, best_cells
-from raexmc_ray.ragged import rank_in_row
+from raexmc_ray.ragged import longest, rank_in_row
 
 BY_SIMILARITY = 0.05
 """A τ at which labels that only their own keys vote for stand in the order of their similarities: at far lower ones
@@ -84,7 +84,7 @@ def aggregate(
     hit_votes = sp.csr_array((np.ones(len(hits.votes)), hits.votes, hits.vote_offsets), shape=(B * b, labels))
     mass = query_hits @ hit_votes if labels else sp.csr_array((B, 0))
     lengths = np.diff(mass.indptr)
-    slack = int(np.diff(exclude.indptr).max(initial=0)) if exclude is not None else 0
+    slack = longest(exclude.indptr) if exclude is not None else 0
     voted_BW = np.arange(lengths.max(initial=0)) < lengths[:, None]
     scores_BW, labels_BW = np.zeros(voted_BW.shape, np.float32), np.zeros(voted_BW.shape, np.int64)
     scores_BW[voted_BW], labels_BW[voted_BW] = mass.data, mass.indices

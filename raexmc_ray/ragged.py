@@ -12,6 +12,11 @@ def ragged_take(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tu
     return values[ragged_places(starts, lengths)], np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
+def longest(offsets: np.ndarray) -> int:
+    """Values of the longest row; 0 where there is none."""
+    return int(np.diff(offsets).max(initial=0))
+
+
 def rank_in_row(rows: np.ndarray) -> np.ndarray:
     """int64: 0, 1, 2 … within each run of equal numbers of `rows`, which is sorted."""
     return np.arange(len(rows)) - np.searchsorted(rows, rows)

@@ -14,6 +14,8 @@ import pyarrow as pa
 import scipy.sparse as sp
 from numpy.typing import ArrayLike
 
+from raexmc_ray.ragged import longest
+
 DIGESTED_AT_ONCE = 65_536
 """Strings."""
 
@@ -55,7 +57,7 @@ class Split:
     @property
     def most_filtered(self) -> int:
         """Filter pairs of the row that has most: labels to predict beyond those that are to be left."""
-        return int(np.diff(self.filtered.indptr).max(initial=0))
+        return longest(self.filtered.indptr)
 
     @property
     def unlabelled(self) -> int:

@@ -11,7 +11,7 @@ from raexmc_ray.encoder import TextEncoder, Tokens
 from raexmc_ray.memory.hits import Hits, merge_hits
 from raexmc_ray.metrics import score_table
 from raexmc_ray.predict import BY_SIMILARITY, aggregate
-from raexmc_ray.ragged import ragged_take
+from raexmc_ray.ragged import longest, ragged_take
 from raexmc_ray.recipe import MOST_NEIGHBOURS, Neighbours, Recipe
 from raexmc_ray.train.mining import Part, all_rows, embed_part, search
 
@@ -45,7 +45,7 @@ def validate(
     queries = embed_part(encoder, held_out.tokens, recipe.encoder.batch_size, instances.first, instances.ranks)
     settings = recipe.prediction
     b = settings.neighbours.joint or max(settings.neighbours.instances or 0, settings.neighbours.labels or 0)
-    b = min(max(b, DEPTH + int(np.diff(held_out.filtered.indptr).max(initial=0))), MOST_NEIGHBOURS)
+    b = min(max(b, DEPTH + longest(held_out.filtered.indptr)), MOST_NEIGHBOURS)
     instances_Bb, instance_scores_Bb = search(queries, instances, b)
     labels_Bb, label_scores_Bb = search(queries, labels, b)
     rows = {
