@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from raexmc_ray.local import Memory
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.metrics import inverse_propensity, metrics_of, score_table
 from raexmc_ray.predict import aggregate
-from raexmc_ray.recipe import CorpusSection, MemorySection, Neighbours, PredictionSection
+from raexmc_ray.recipe import CorpusSection, MemorySection, Neighbours, PredictionSection, Recipe
 
 SETTINGS = PredictionSection(lambda_=0.4, temperature=0.08, neighbours=Neighbours(joint=60))
 SECTION = CorpusSection(path="")
@@ -49,6 +50,25 @@ def test_a_memory_of_another_corpus_is_refused(memory: Memory, corpus: Corpus) -
     reordered = Corpus(corpus.train, corpus.test, corpus.labels.take(np.arange(len(corpus.labels))[::-1]))
     with pytest.raises(ValueError, match="is not of this corpus"):
         evaluate(memory, reordered, SECTION, SETTINGS)
+
+
+def test_the_recipe_that_is_recorded_is_the_memorys(
+    memory: Memory, corpus: Corpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not that of the run, which may have been changed since the memory was built."""
+    built = Recipe.parse({"corpus": {"path": "there"}}, ["training.epochs=3", "memory.shards=2"])
+    run = Recipe.parse({"corpus": {"path": "here"}}, ["training.epochs=9", "memory.shards=2", "encoder.layers=2"])
+    manifest = memory.manifest.model_copy(update={"recipe": built.record()})
+    of_built = Memory(replace(memory.snapshot, manifest=manifest), memory.shards)
+    recorded = evaluate(of_built, corpus, SECTION, SETTINGS, recipe=run).evaluation.recipe
+    made = {name: built.record()[name] for name in ("encoder", "training", "memory")}
+    around = {"corpus": run.record()["corpus"], "cluster": run.record()["cluster"]}
+    around["prediction"] = SETTINGS.model_dump(mode="json", by_alias=True)
+    assert recorded == made | around
+    assert "built from a recipe that differs in encoder.layers, training.epochs:" in caplog.text
+    caplog.clear()
+    assert evaluate(memory, corpus, SECTION, SETTINGS, recipe=run).evaluation.recipe == around, "it does not say"
+    assert not caplog.text
 
 
 def searched_apart(memory: Memory, corpus: Corpus, settings: PredictionSection) -> dict[str, dict[str, float]]:

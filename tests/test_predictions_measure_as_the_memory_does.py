@@ -24,7 +24,7 @@ from raexmc_ray.evaluation.predictions import Written, by_row, evaluate_predicti
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.predict import aggregate
-from raexmc_ray.recipe import CorpusSection, Neighbours, PredictionSection
+from raexmc_ray.recipe import CorpusSection, Neighbours, PredictionSection, Recipe
 
 SETTINGS = PredictionSection(temperature=0.08, neighbours=Neighbours(joint=80))
 SECTION = CorpusSection(path="")
@@ -76,13 +76,18 @@ def write(memory: raexmc_ray.Memory, corpus: Corpus, folder: Path, k: int) -> li
 
 def test_deep_predictions_give_the_row_both(memory: raexmc_ray.Memory, corpus: Corpus, tmp_path: Path) -> None:
     write(memory, corpus, tmp_path, 102)
-    of_files = evaluate_predictions(Folder.at(tmp_path), corpus, SECTION)
+    run = Recipe.parse({"corpus": {"path": "here"}})
+    of_files = evaluate_predictions(Folder.at(tmp_path), corpus, SECTION, recipe=run)
     of_memory = evaluate(memory, corpus, SECTION, SETTINGS)
     assert list(of_files.table) == ["popularity", "both"]
     for row, figures in of_files.table.items():
         assert figures == of_memory.table[row]
     assert of_files.evaluation.snapshot == memory.manifest.id
     assert of_files.evaluation.settings == SETTINGS.model_copy(update={"k": 102})
+    recorded = of_files.evaluation.recipe
+    assert recorded
+    assert list(recorded) == ["corpus", "prediction", "cluster"], "files do not say how their memory was made"
+    assert recorded["prediction"]["k"] == 102
     for one in compare(of_memory, of_files, resamples=50):
         assert one.difference == one.low == one.high == 0
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,6 +24,9 @@ from raexmc_ray.recipe import MOST_NEIGHBOURS, CorpusSection, Neighbours, Predic
 DEPTH = 100
 """Labels predicted for a row: the deepest metric is R@100."""
 POPULARITY, LABELS_ONLY, INSTANCES_ONLY, BOTH = "popularity", "labels only", "instances only", "both"
+MADE_BY = ("encoder", "training", "memory")
+"""Sections of a recipe that say how a memory is made."""
+logger = logging.getLogger("raexmc_ray")
 
 
 class Observer(Protocol):
@@ -49,9 +53,12 @@ def evaluate(
     The rows of the table: `popularity` (the labels with most training instances for everyone), `labels only` (the dual
     encoder: the nearest labels, at any τ), `instances only` (λ = 1 over the nearest instances), `both` (`settings`).
     They come from one retrieval, where the kind of index gives the same keys for any number of neighbours
-    (`CUTTING_KINDS`).
-    Texts are encoded in this process: for millions of rows, score them on a cluster and use `evaluate_predictions`.
-    Raises ValueError where no row has a label, and where the memory is not of this corpus's training part and labels.
+    (`CUTTING_KINDS`). Texts are encoded in this process: for millions of rows, score them on a cluster and use
+    `evaluate_predictions`.
+
+    recipe: of the run that measures; `recipe_of` says what is recorded. That the memory was built from another one is
+    logged. Raises ValueError where no row has a label, and where the memory is not of this corpus's training part and
+    labels.
     """
     b = min(max(width_of(settings.neighbours), DEPTH + corpus.test.most_filtered), MOST_NEIGHBOURS)
     nearest = {"lambda_": 0.0, "temperature": BY_SIMILARITY, "neighbours": Neighbours(instances=0, labels=b)}
@@ -63,6 +70,9 @@ def evaluate(
     depth = max([b, deepest_of(settings.neighbours), observer.depth if observer else 0])
     refuse_unlabelled(corpus)
     refuse_foreign(memory.manifest, corpus)
+    made_by = memory.manifest.recipe or {}
+    if recipe:
+        _warn_of_another(recipe, memory.manifest.id, made_by)
     clock = Stopwatch()
     with clock.stage("encode"):
         queries_BD = encode(memory, corpus.test)
@@ -88,7 +98,7 @@ def evaluate(
         clock=clock,
         settings=settings,
         snapshot=memory.manifest.id,
-        recipe=recipe,
+        recipe=recipe_of(recipe, settings, made_by) if recipe else None,
     )
 
 
@@ -101,11 +111,12 @@ def measure(
     clock: Stopwatch | None = None,
     settings: PredictionSection | None = None,
     snapshot: str | None = None,
-    recipe: Recipe | None = None,
+    recipe: dict[str, Any] | None = None,
 ) -> Measured:
     """The evaluation of predicted labels, {row of the table: integers [B, depth], −1 for none}, on the test part.
 
-    depth: labels that were predicted; metrics that need more are left out. Raises ValueError.
+    depth: labels that were predicted; metrics that need more are left out. recipe: what is recorded of it, from
+    `recipe_of`. Raises ValueError.
     """
     clock = clock or Stopwatch()
     precision_at, recall_at = ([k for k in wanted if k <= depth] for wanted in (PRECISION_AT, RECALL_AT))
@@ -136,9 +147,36 @@ def measure(
         table=table,
         breakdown=groups.breakdown(),
         seconds={stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
-        recipe=recipe.record() if recipe else None,
+        recipe=recipe,
     )
     return Measured(evaluation, rows, figures)
+
+
+def recipe_of(run: Recipe, settings: PredictionSection | None, made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of what is measured, for its file: how the memory is made, from the recipe that it was built from
+    (`made_by`); the prediction's settings; corpus and cluster of the run that measures. What is not known is left out:
+    the recipe of the run does not say it, as it may have been changed since, or be of another memory."""
+    record, known = run.record(), {name: made_by[name] for name in MADE_BY if name in made_by}
+    if settings:
+        known["prediction"] = settings.model_dump(mode="json", by_alias=True)
+    return {"corpus": record["corpus"], **known, "cluster": record["cluster"]}
+
+
+def _warn_of_another(run: Recipe, snapshot: str, made_by: Mapping[str, Any]) -> None:
+    """Log which settings a memory was built with otherwise than `run` says, of those that both know."""
+    record = run.record()
+    others = [
+        f"{section}.{name}"
+        for section in MADE_BY
+        for name, value in made_by.get(section, {}).items()
+        if record[section].get(name, value) != value
+    ]
+    if others:
+        logger.warning(
+            "snapshot %s was built from a recipe that differs in %s: it is measured, and recorded, as it was built. To "
+            "measure this recipe: raexmc train, raexmc build",
+            snapshot, ", ".join(others),
+        )  # fmt: skip
 
 
 def refuse_unlabelled(corpus: Corpus) -> None:

@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raexmc_ray.corpus import Corpus
-from raexmc_ray.evaluation.measure import BOTH, DEPTH, POPULARITY, measure, popular, refuse_unlabelled
+from raexmc_ray.evaluation.measure import BOTH, DEPTH, POPULARITY, measure, popular, recipe_of, refuse_unlabelled
 from raexmc_ray.evaluation.result import Measured
 from raexmc_ray.evaluation.retrieve import Stopwatch
 from raexmc_ray.files import Folder
@@ -52,8 +52,9 @@ def evaluate_predictions(
     """The evaluation of the predictions under `folder` for the test part of `corpus`; their ids are its uids.
 
     The table has `popularity` and `both`. Filter pairs are taken out before the first k are looked at. Metrics that
-    need more labels than were predicted are left out, which is logged. Raises ValueError where a row has no
-    prediction, or two, or a prediction is of no row.
+    need more labels than were predicted are left out, which is logged. recipe: of the run that measures; it does not
+    say how the memory was made that predicted, so that is not recorded (`recipe_of`). Raises ValueError where a row has
+    no prediction, or two, or a prediction is of no row.
     """
     refuse_unlabelled(corpus)
     clock = Stopwatch()
@@ -77,7 +78,7 @@ def evaluate_predictions(
         clock=clock,
         settings=written.settings,
         snapshot=written.snapshot,
-        recipe=recipe,
+        recipe=recipe_of(recipe, written.settings, {}) if recipe else None,
     )
 
 

@@ -98,7 +98,8 @@ class Evaluation(Result):
     seconds: dict[str, float]
     """{stage: seconds}, all rows together."""
     recipe: dict[str, Any] | None = None
-    """The recipe of the run."""
+    """The recipe of what was measured: `encoder`, `training` and `memory` are what the memory was built from, left out
+    where that is not known; `corpus` and `cluster` are those of the run that measured."""
     rows: RowsFile | None = None
     """Where the figures of every row are."""
 
