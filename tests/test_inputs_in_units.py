@@ -154,6 +154,31 @@ def test_files_are_found_by_name_glob_and_folder_in_any_order(tmp_path: Path) ->
         assert wrong.split("/")[-1] in str(error.value)
 
 
+def test_a_file_to_which_several_links_lead_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "in/real").mkdir(parents=True)
+    (tmp_path / "away/deep").mkdir(parents=True)
+    for name in ("in/real/a.txt", "away/b.txt", "away/deep/c.txt"):
+        (tmp_path / name).write_text("vim\n")
+    for link, to in (
+        ("in/a_link", "real"),  # before its own place in the order of names
+        ("in/real/up", "../.."),  # back to what it is in, by two ways: without an end
+        ("in/real/round", ".."),
+        ("in/_hidden", "../away"),  # passed over, and with it no other way to what it leads to
+        ("in/z", "../away"),
+        ("in/y.txt", "real/a.txt"),
+    ):
+        (tmp_path / link).symlink_to(to)
+
+    def names(*inputs: str) -> list[str]:
+        return [str(Path(str(file)).relative_to(tmp_path)) for file in find_inputs([str(tmp_path / i) for i in inputs])]
+
+    for inputs in (["in"], ["in", "in/a_link", "in/z"], ["in/z/deep", "in"], ["in/*"], ["in/real", "in"]):
+        assert sorted(Path(name).name for name in names(*inputs)) == ["a.txt", "b.txt", "c.txt"]
+        assert "in/real/a.txt" in names(*inputs), "its own name"
+    assert names("in/a_link/a.txt", "in/y.txt") == ["in/a_link/a.txt"], "the first of its names"
+    assert names("in/z", "away") == names("away", "in/z") == ["away/b.txt", "away/deep/c.txt"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

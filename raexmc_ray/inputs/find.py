@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,6 +44,11 @@ class InputFile:
         return str(self.file)
 
     @property
+    def place(self) -> str:
+        """Where it really lies: links may give a file several names."""
+        return os.path.realpath(self.file.path) if self.file.is_local else str(self)
+
+    @property
     def is_packed(self) -> bool:
         """Whether it is gzip."""
         return self.file.path.endswith(".gz")
@@ -68,14 +74,15 @@ class _Lister(ArrowFSWrapper):
 
 
 def find_inputs(inputs: Sequence[str], output: Folder | None = None) -> list[InputFile]:
-    """The files that `inputs` name, each once, in the order of their names, whatever the order of `inputs`.
+    """The files that `inputs` name, each once, in the order of their names, whatever the order of `inputs`. A file to
+    which links lead, too, has its own name where that is among those found, or else the first of them.
 
     inputs: paths, `s3://` or `gs://` URLs of files, globs (`*`, `**`; on this machine also `?` and `[…]`) or folders,
-    which are searched to their last subfolder for names that end in one of `KINDS`. Hidden files and folders (`.name`,
-    `_name`) are passed over unless they are spelled out, and what lies under `output` is no input.
+    which are searched to their last subfolder, links included, for names that end in one of `KINDS`. Hidden files and
+    folders (`.name`, `_name`) are passed over unless they are spelled out, and what lies under `output` is no input.
     Raises ValueError that names the input in which there is nothing to read.
     """
-    found: dict[str, InputFile] = {}
+    found: dict[str, list[InputFile]] = defaultdict(list)
     for given in inputs:
         root = _root(given)
         try:
@@ -84,8 +91,10 @@ def find_inputs(inputs: Sequence[str], output: Folder | None = None) -> list[Inp
             raise ValueError(f"{root}: cannot be listed: {error}") from None
         if not files:
             raise ValueError(f"{root}: there is no file in it that ends in {', '.join(KINDS)}")
-        found |= {str(file): file for file in files}
-    return [found[name] for name in sorted(found)]
+        for file in files:
+            found[file.place].append(file)
+    each = [min(names, key=lambda file: (str(file) != file.place, str(file))) for names in found.values()]
+    return sorted(each, key=str)
 
 
 def _root(given: str) -> Folder:
@@ -114,8 +123,32 @@ def _expand(root: Folder) -> Iterator[InputFile]:
 
 
 def _in_folder(folder: Folder) -> Iterator[InputFile]:
-    infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, recursive=True))
-    yield from _of_known_kinds(folder, [info for info in _shown(folder, infos) if info.type == pafs.FileType.File])
+    if folder.is_local:
+        shown = _walk(folder)
+    else:
+        shown = _shown(folder, folder.filesystem.get_file_info(pafs.FileSelector(folder.path, recursive=True)))
+    yield from _of_known_kinds(folder, [info for info in shown if info.type == pafs.FileType.File])
+
+
+def _walk(root: Folder) -> Iterator[pafs.FileInfo]:
+    """What is shown of a folder of this machine and its subfolders, each of them once, however many links lead there,
+    or back up: Arrow's own walk goes round and round."""
+    done: set[str] = set()
+    todo = deque([root.path])
+    while todo:
+        path = todo.popleft()
+        place = os.path.realpath(path)
+        if place in done:
+            continue
+        done.add(place)
+        infos = root.filesystem.get_file_info(pafs.FileSelector(path))
+        for info in sorted(_shown(root, infos), key=lambda info: info.path):
+            if info.type != pafs.FileType.Directory:
+                yield info
+            elif os.path.islink(info.path):  # after all that is reached by its own name
+                todo.append(info.path)
+            else:
+                todo.appendleft(info.path)
 
 
 def _of_known_kinds(root: Folder, infos: Sequence[pafs.FileInfo]) -> Iterator[InputFile]:
@@ -155,6 +188,4 @@ def kind_of(path: str) -> Kind | None:
 def _is_under(file: InputFile, folder: Folder | None) -> bool:
     if folder is None:
         return False
-    # An output is where its links lead; an input has the name that it was given.
-    path = os.path.realpath(file.file.path) if file.file.is_local else str(file)
-    return path.startswith(f"{folder}/")
+    return file.place.startswith(f"{folder}/")
