@@ -29,6 +29,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from raexmc_ray.cluster import KEEP_FREED_MEMORY, refuse_unplaceable
 from raexmc_ray.corpus.types import digest_strings
 from raexmc_ray.files import Folder, Scratch
+from raexmc_ray.inputs.find import Written
 from raexmc_ray.inputs.rows import Columns
 from raexmc_ray.inputs.units import read_texts
 from raexmc_ray.progress import Progress
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 UNIT_KEYS = 4096
 """Keys in a unit."""
+WRITTEN = (f"embeddings/{'[0-9a-f]' * 16}/*", f"encoders/given-{'[0-9a-f]' * 16}/*")
+"""What `embed_files` writes under its output."""
 STAGED = "staged"
 """Written into the folder of a given encoder once all of it is there."""
 NAMES = ("kind", "uid", "id")
@@ -153,7 +156,7 @@ def embed_files(
 
     inputs: as `find_inputs` takes them, in the order of their names. encoder: folder, hub name or `package:NAME`.
     """
-    table = read_texts(inputs, columns, output)
+    table = read_texts(inputs, columns, Written(output, WRITTEN))
     staged = stage_encoder(output, encoder, section)
     identity = "\0".join([staged.name, dtype, _digest(table)])
     folder = output / "embeddings" / hashlib.sha256(identity.encode()).hexdigest()[:16]

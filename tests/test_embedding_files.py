@@ -58,6 +58,18 @@ def test_files_become_embeddings(ray_cluster: str, tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == before for path, before in units.items() if path != gone)
 
 
+def test_an_output_among_the_inputs_hides_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids and encoder are written between the two runs, which embed the same."""
+    monkeypatch.setattr(embed, "embed_keys", lambda *_: None)
+    (tmp_path / "embeddings").mkdir()
+    for name in ("a.jsonl", "embeddings/b.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"id": name, "text": "vim"}) + "\n")
+    folder, section = Folder.at(tmp_path), EncoderSection(layers=1, max_tokens=16)
+    done = [embed_files([str(tmp_path)], folder, MODEL, section, ClusterSection()) for _ in range(2)]
+    assert done[0] == done[1]
+    assert pq.read_table(f"{done[0].folder}/ids.parquet")["id"].to_pylist() == ["a.jsonl", "embeddings/b.jsonl"]
+
+
 ON_GPUS = """
 import numpy as np, pyarrow as pa, ray
 from raexmc_ray.embed import map_units

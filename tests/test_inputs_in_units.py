@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raexmc_ray.files import Folder
-from raexmc_ray.inputs import find_inputs, units
+from raexmc_ray.inputs import Written, find_inputs, units
 from raexmc_ray.inputs.find import _expand, modified_ns
 from raexmc_ray.inputs.rows import Columns, Rejected
 from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, cut_files, read_texts
@@ -126,15 +126,17 @@ def test_files_are_found_by_name_glob_and_folder_in_any_order(tmp_path: Path) ->
     (tmp_path / "sub/predictions/part.parquet").write_bytes(b"")
 
     def names(*inputs: str, output: str | None = None) -> list[str]:
-        found = find_inputs([str(tmp_path / given) for given in inputs], output and Folder.at(tmp_path / output))
+        written = Written(Folder.at(tmp_path / output), ("predictions/part*",)) if output else None
+        found = find_inputs([str(tmp_path / given) for given in inputs], written)
         return [str(Path(str(file)).relative_to(tmp_path)) for file in found]
 
     everything = ["a.txt", "b.jsonl", "sub/c.parquet", "sub/deep/d.txt.gz", "sub/predictions/part.parquet"]
     assert names(".") == everything
     assert names("sub", "b.jsonl", "a.txt", ".") == everything
-    assert names(".", output="sub/predictions") == everything[:-1]
+    assert names(".", output="sub") == everything[:-1], "but for what is written there"
+    assert names(".", output=".") == everything, "and of that name only"
     (tmp_path / "to_sub").symlink_to(tmp_path / "sub")
-    assert names("to_sub", output="to_sub/predictions") == ["to_sub/c.parquet", "to_sub/deep/d.txt.gz"]
+    assert names("to_sub", output="to_sub") == ["to_sub/c.parquet", "to_sub/deep/d.txt.gz"]
     (tmp_path / "to_sub").unlink()
     assert names("*.txt") == ["a.txt"]
     assert names("[ab].*") == ["a.txt", "b.jsonl"]
@@ -250,14 +252,6 @@ def test_parquet_with_other_columns_is_refused(tmp_path: Path, columns: dict, sa
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=f"x.parquet: {says}"):
         read_texts([str(tmp_path / "x.parquet")], Columns())
-
-
-def test_an_output_among_the_inputs_is_none(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "one"}\n')
-    output = tmp_path / "vectors"
-    output.mkdir()
-    (output / "config.json").write_text("{}")
-    assert read_texts([str(tmp_path)], Columns(), Folder.at(output))["id"].to_pylist() == ["a"]
 
 
 def test_an_object_stores_times_are_whole_seconds(tmp_path: Path) -> None:

@@ -167,8 +167,30 @@ def test_an_output_holds_one_job(
     with pytest.raises(ValueError, match=r"job\.json: is torn, or of another version"):
         run(small_memory, [inputs], output)
 
-    foreign = tmp_path / "foreign/predictions/part.parquet"
-    foreign.parent.mkdir(parents=True)
-    foreign.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"files in predictions or rejected, but no job\.json"):
-        run(small_memory, [inputs], tmp_path / "foreign")
+    for place, what in (("a/predictions/part.parquet", "predictions"), ("b/summary.json", r"summary\.json")):
+        foreign = tmp_path / place
+        foreign.parent.mkdir(parents=True)
+        foreign.write_bytes(b"")
+        with pytest.raises(ValueError, match=rf"there is {what} in it, but no job\.json: give another --output"):
+            run(small_memory, [inputs], tmp_path / place[0])
+        assert foreign.exists()
+
+
+def test_an_output_among_the_inputs_hides_none_of_them(
+    small_memory: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file that the job did not write is one of its inputs, or it is refused."""
+    monkeypatch.setattr("raexmc_ray.score.run._score_units", lambda *_: iter(()))  # killed before the first unit
+    for output in (inputs, inputs / "sub"):
+        for _ in range(2):  # and started again
+            with pytest.raises(ValueError, match="5 parts were removed"):
+                run(small_memory, [inputs], output)
+        job = Job.model_validate_json((output / "job.json").read_bytes())
+        assert [Path(file.file).name for file in job.inputs] == ["b.jsonl.gz", "a.parquet"]
+        (output / "job.json").unlink()
+    (inputs / "sub/predictions").mkdir()
+    (inputs / "sub/a.parquet").rename(inputs / "sub/predictions/part-00000.parquet")
+    with pytest.raises(ValueError, match=r"there is predictions in it, but no job\.json"):
+        run(small_memory, [inputs], inputs / "sub")
+    with pytest.raises(ValueError, match=r"sub: there is no file in it that ends in .*, but for what this job writes"):
+        run(small_memory, [inputs / "sub"], inputs / "sub")

@@ -54,6 +54,19 @@ class InputFile:
         return self.file.path.endswith(".gz")
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a job writes that may lie among its inputs, and is none: files under its output, by patterns of names."""
+
+    output: Folder
+    patterns: tuple[str, ...]
+
+    def has(self, file: InputFile) -> bool:
+        root = f"{self.output}/"
+        inside = file.place.removeprefix(root)
+        return inside != file.place and any(fnmatchcase(inside, pattern) for pattern in self.patterns)
+
+
 class _Lister(ArrowFSWrapper):
     """Passes over no folder that it cannot list, where the pattern leads there: rows would be missing in silence."""
 
@@ -73,24 +86,26 @@ class _Lister(ArrowFSWrapper):
             raise
 
 
-def find_inputs(inputs: Sequence[str], output: Folder | None = None) -> list[InputFile]:
+def find_inputs(inputs: Sequence[str], written: Written | None = None) -> list[InputFile]:
     """The files that `inputs` name, each once, in the order of their names, whatever the order of `inputs`. A file to
     which links lead, too, has its own name where that is among those found, or else the first of them.
 
     inputs: paths, `s3://` or `gs://` URLs of files, globs (`*`, `**`; on this machine also `?` and `[…]`) or folders,
     which are searched to their last subfolder, links included, for names that end in one of `KINDS`. Hidden files and
-    folders (`.name`, `_name`) are passed over unless they are spelled out, and what lies under `output` is no input.
+    folders (`.name`, `_name`) are passed over unless they are spelled out, and so is what the caller has `written`.
     Raises ValueError that names the input in which there is nothing to read.
     """
     found: dict[str, list[InputFile]] = defaultdict(list)
     for given in inputs:
         root = _root(given)
         try:
-            files = [file for file in _expand(root) if not _is_under(file, output)]
+            listed = list(_expand(root))
         except OSError as error:
             raise ValueError(f"{root}: cannot be listed: {error}") from None
+        files = [file for file in listed if not (written and written.has(file))]
         if not files:
-            raise ValueError(f"{root}: there is no file in it that ends in {', '.join(KINDS)}")
+            but = f", but for what this job writes to {written.output}" if written and listed else ""
+            raise ValueError(f"{root}: there is no file in it that ends in {', '.join(KINDS)}{but}")
         for file in files:
             found[file.place].append(file)
     each = [min(names, key=lambda file: (str(file) != file.place, str(file))) for names in found.values()]
@@ -183,9 +198,3 @@ def modified_ns(info: pafs.FileInfo, file: Folder) -> int:
 def kind_of(path: str) -> Kind | None:
     """What a file of this name is read as; None where it is not."""
     return next((kind for suffix, kind in KINDS.items() if path.endswith(suffix)), None)
-
-
-def _is_under(file: InputFile, folder: Folder | None) -> bool:
-    if folder is None:
-        return False
-    return file.place.startswith(f"{folder}/")

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raexmc_ray.files import Folder
-from raexmc_ray.inputs.find import InputFile, find_inputs, modified_ns
+from raexmc_ray.inputs.find import InputFile, Written, find_inputs, modified_ns
 from raexmc_ray.inputs.rows import (
     Columns,
     UnitRows,
@@ -106,11 +105,10 @@ def cut_file(file: InputFile, columns: Columns) -> CutFile:
         raise ValueError(f"{file}: is torn, or is no {file.kind} file: {error}") from None
 
 
-def read_texts(inputs: Sequence[str], columns: Columns, output: Folder | None = None) -> pa.Table:
+def read_texts(inputs: Sequence[str], columns: Columns, written: Written | None = None) -> pa.Table:
     """(id: string, text: string) of all rows of these inputs, for those who hold them all: file after file in the
-    order of `find_inputs`, without what lies under `output`. Raises ValueError that names the file and row of a text
-    that is none."""
-    cut = cut_files(find_inputs(inputs, output), columns)
+    order of `find_inputs`. Raises ValueError that names the file and row of a text that is none."""
+    cut = cut_files(find_inputs(inputs, written), columns)
     reader, ids, texts = UnitReader([part.file for part in cut], columns), [], []
     for number, part in enumerate(cut):
         for unit in part.table(number, np.arange(part.units)).to_pylist():

@@ -26,8 +26,10 @@ from raexmc_ray.inputs.units import CutFile
 from raexmc_ray.recipe import Precision, PredictionSection
 
 JOB, SUMMARY, PREDICTED, REJECTED = "job.json", "summary.json", "predictions", "rejected"
+WRITTEN = (JOB, SUMMARY, f"{PREDICTED}/part-*.parquet", f"{REJECTED}/part-*.parquet")
+"""All that a job writes, as patterns of names."""
 FORMAT_VERSION = 1
-REMEDY = "give another --output, or remove that folder"
+REMEDY = f"give another --output, or remove {JOB}, {SUMMARY}, {PREDICTED} and {REJECTED} from that folder"
 
 
 class JobInput(BaseModel):
@@ -104,8 +106,11 @@ class Summary(BaseModel):
 def check_output(output: Folder, job: Job) -> bool:
     """Whether this job is the first on `output`. Raises ValueError where that is another job's."""
     if (output / JOB).size() is None:
-        if (output / PREDICTED).names() or (output / REJECTED).names():
-            raise ValueError(f"{output}: there are files in {PREDICTED} or {REJECTED}, but no {JOB}: {REMEDY}")
+        foreign = [kind for kind in (PREDICTED, REJECTED) if (output / kind).names()]
+        if (output / SUMMARY).size() is not None:
+            foreign.append(SUMMARY)
+        if foreign:
+            raise ValueError(f"{output}: there is {' and '.join(foreign)} in it, but no {JOB}: {REMEDY}")
         return True
     try:
         before = Job.model_validate_json((output / JOB).read())

@@ -25,7 +25,7 @@ import ray
 from raexmc_ray.cluster import living_nodes
 from raexmc_ray.embed import map_units
 from raexmc_ray.files import Folder
-from raexmc_ray.inputs import InputFile, find_inputs
+from raexmc_ray.inputs import InputFile, Written, find_inputs
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows
 from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
 from raexmc_ray.memory.pool import SHARD_CPUS, ShardPool, ShardUnavailableError
@@ -38,6 +38,7 @@ from raexmc_ray.score.job import (
     PREDICTED,
     REJECTED,
     SUMMARY,
+    WRITTEN,
     Job,
     JobInput,
     Summary,
@@ -77,11 +78,12 @@ def score(
     of the current one. precision: of the encoder, as `use_hardware` takes it. Run again, it computes the units that are
     missing.
     Raises ValueError before the work begins where an input cannot be read or has not these columns, and where `output`
-    is another job's. A row that cannot be scored stops nothing: it is written to rejected/ with its reason.
+    is another job's; it may lie among the inputs. A row that cannot be scored stops nothing: it is written to rejected/
+    with its reason.
     """
     started = time.monotonic()
     opened = open_snapshot(memory, snapshot)
-    files = find_inputs(inputs, output)
+    files = find_inputs(inputs, Written(output, WRITTEN))
     job = Job(
         snapshot=opened.manifest.id,
         settings=settings,
