@@ -44,12 +44,20 @@ def read_back(path: Path, order: np.random.Generator | None = None) -> tuple[lis
 
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"])
 @settings(max_examples=40, deadline=None)
-@given(texts=TEXTS, unit=st.integers(1, 9), group=st.integers(1, 13), last=st.booleans(), seed=st.integers(0, 9))
+@given(
+    texts=TEXTS,
+    unit=st.integers(1, 9),
+    size=st.integers(1, 99),
+    group=st.integers(1, 13),
+    last=st.booleans(),
+    seed=st.integers(0, 9),
+)
 def test_every_row_is_in_one_unit(
     tmp_path_factory: pytest.TempPathFactory,
     ending: str,
     texts: list[str],
     unit: int,
+    size: int,
     group: int,
     last: bool,
     seed: int,
@@ -57,6 +65,7 @@ def test_every_row_is_in_one_unit(
     path = tmp_path_factory.mktemp("input") / f"rows{ending}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(units, "UNIT_ROWS", unit)
+        patch.setattr(units, "UNIT_BYTES", size)
         patch.setattr(units, "CHUNK_BYTES", 7 if "jsonl" not in ending else 4096)
         rows = [{"id": f"i{place}", "text": text} for place, text in enumerate(texts)]
         if ending == ".parquet":
@@ -329,17 +338,42 @@ def test_a_part_of_a_data_set_may_have_no_value_in_a_column(tmp_path: Path) -> N
         read_texts([str(tmp_path)], Columns())
 
 
+@pytest.mark.parametrize("chunk", [7, 64, 4096])
+def test_a_unit_ends_with_the_row_that_fills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(units, "UNIT_ROWS", 3)
+    monkeypatch.setattr(units, "UNIT_BYTES", 10)
+    monkeypatch.setattr(units, "CHUNK_BYTES", chunk)
+    (tmp_path / "a.txt").write_text("1\n2\n3\n4\n5 is long\n6 is the longest\n7890123\n9\n\n")
+    (lines,) = cut_files(find_inputs([str(tmp_path / "a.txt")]), Columns())
+    assert lines.firsts.tolist() == [0, 3, 5, 6, 8, 9]
+    assert lines.starts.tolist() == [0, 6, 18, 35, 45, 46]
+    table = pa.table({"id": np.arange(12), "text": ["x" * (10_000 if 4 <= i < 6 else 1) for i in range(12)]})
+    pq.write_table(table, tmp_path / "b.parquet", row_group_size=2, use_dictionary=False)
+    for size, firsts in (
+        (1 << 20, [0, 3, 6, 9, 12]),
+        (5_000, [0, 3, 5, 6, 9, 12]),  # smaller where the texts are long, and only there
+        (1, [*range(13)]),  # one row at the least
+    ):
+        monkeypatch.setattr(units, "UNIT_BYTES", size)
+        (rows,) = cut_files(find_inputs([str(tmp_path / "b.parquet")]), Columns())
+        assert rows.firsts.tolist() == firsts
+
+
+@pytest.mark.parametrize("rows", [60_000, 300])
 @pytest.mark.parametrize("ending", [".txt", ".jsonl.gz", ".parquet"])
-def test_reading_takes_memory_for_a_unit_not_for_a_file(tmp_path: Path, ending: str) -> None:
-    rows, text = 60_000, "many words " * 50  # 33 MB, in one row group
+def test_reading_takes_memory_for_a_unit_not_for_a_file(tmp_path: Path, ending: str, rows: int) -> None:
+    text = "many words " * (3_000_000 // rows)  # 33 MB, in one row group
     path = tmp_path / f"rows{ending}"
     if ending == ".parquet":
-        pq.write_table(pa.table({"id": np.arange(rows), "text": [f"{i} {text}" for i in range(rows)]}), path)
+        table = pa.table({"id": np.arange(rows), "text": [f"{i} {text}" for i in range(rows)]})
+        pq.write_table(table, path, use_dictionary=False, write_batch_size=16)  # a page is read as a whole
+        del table
     else:
         line = '{{"id": {}, "text": "{}"}}\n' if ".jsonl" in ending else "{} {}\n"
         content = "".join(line.format(i, text) for i in range(rows)).encode()
         path.write_bytes(gzip.compress(content, 1) if ending.endswith("gz") else content)
         del content
+    pa.table({"a": [1]}).to_pylist()  # imports pandas, the first time
     tracemalloc.start()
     arrow = pa.default_memory_pool()
     (cut,) = cut_files(find_inputs([str(path)]), Columns())

@@ -1,4 +1,5 @@
-"""Input files in units of so many consecutive rows: cut without keeping a row, and read one unit at a time.
+"""Input files in units of consecutive rows, bounded in rows and bytes: cut without keeping a row, and read one unit at
+a time.
 
 A file is cut by its Parquet metadata, or by one pass over its bytes for the ends of its lines. A `UnitReader` reads
 units wherever they are needed. It keeps its place in a file: the next unit goes on from there, and what lies between
@@ -34,7 +35,10 @@ from raexmc_ray.inputs.rows import (
 from raexmc_ray.progress import Progress
 
 UNIT_ROWS = 1024
-"""Rows of one file in a unit; its last one has the rest."""
+"""Rows of one file in a unit, at most."""
+UNIT_BYTES = 4 << 20
+"""Of long texts a unit has fewer rows: it ends with the row that makes it so large. Parquet is cut by its metadata, as
+if the rows of a row group were equally large, and as large as they are encoded."""
 CHUNK_BYTES = 4 << 20
 PARQUET_BUFFER_BYTES = 1 << 20
 READERS = 8
@@ -47,22 +51,25 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class CutFile:
-    """A file, its rows, and int64 [units + 1]: the byte, of the unpacked file, at which each unit of lines begins, and
-    the last one ends. Parquet has none: its units are known by their rows."""
+    """A file, and int64 [units + 1]: the row at which each unit begins, and the last one ends; the same of the byte, in
+    the unpacked file, for units of lines. Parquet has none: its units are known by their rows."""
 
     file: InputFile
-    rows: int
+    firsts: np.ndarray
     starts: np.ndarray
 
     @property
     def units(self) -> int:
-        return math.ceil(self.rows / UNIT_ROWS)
+        return len(self.firsts) - 1
+
+    @property
+    def rows(self) -> int:
+        return int(self.firsts[-1])
 
     def table(self, file: int, numbers: np.ndarray) -> pa.Table:
         """Its units of these numbers, as those of the `file`-th file: the fields of `Unit`, int64."""
-        first = numbers * UNIT_ROWS
+        first, rows = self.firsts[numbers], self.firsts[numbers + 1] - self.firsts[numbers]
         start, stop = (self.starts[numbers], self.starts[numbers + 1]) if len(self.starts) else (first, first)
-        rows = np.minimum(UNIT_ROWS, self.rows - first)
         columns = (np.full(len(numbers), file), numbers, first, rows, start, stop)
         return pa.table(dict(zip(Unit._fields, columns, strict=True)))
 
@@ -189,7 +196,7 @@ class _ParquetRows:
         group = self._group(unit.first)
         self._columns, self._at = columns, int(self._starts[group])
         names = list(dict.fromkeys((columns.id, *columns.texts)))
-        self._batches = parquet.iter_batches(UNIT_ROWS, list(range(group, len(groups))), names, use_threads=False)
+        self._batches = parquet.iter_batches(unit.rows, list(range(group, len(groups))), names, use_threads=False)
         self._batch: pa.RecordBatch | None = None
 
     def reaches(self, unit: Unit) -> bool:
@@ -237,7 +244,7 @@ def _open_lines(file: InputFile) -> pa.NativeFile:
 def _cut_parquet(file: InputFile, columns: Columns) -> CutFile:
     with file.file.filesystem.open_input_file(file.file.path) as source:
         parquet = pq.ParquetFile(source)
-        rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
+        metadata, schema = parquet.metadata, parquet.schema_arrow
     for name, flag in columns.flags:
         if name not in schema.names:
             raise ValueError(f"{file}: has no column {name!r}; it has {schema.names}: name one by {flag}")
@@ -248,24 +255,47 @@ def _cut_parquet(file: InputFile, columns: Columns) -> CutFile:
         if not strings and not nothing and not (flag == "--id-column" and pa.types.is_integer(kind)):
             wanted = "strings or integers" if flag == "--id-column" else "strings"
             raise ValueError(f"{file}: the column {name!r} is {found}, not {wanted}: name another by {flag}")
-    return CutFile(file, rows, np.empty(0, np.int64))
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = np.cumsum([0, *(group.num_rows for group in groups)], dtype=float)
+    sizes = np.cumsum([0, *(_size(group, columns) for group in groups)], dtype=float)
+    firsts = [0]
+    while firsts[-1] < rows[-1]:
+        start = np.interp(firsts[-1], rows, sizes)
+        filled = max(firsts[-1] + 1, math.ceil(np.interp(start + UNIT_BYTES, sizes, rows)))
+        firsts.append(min(firsts[-1] + UNIT_ROWS, filled))
+    return CutFile(file, np.array(firsts), np.empty(0, np.int64))
+
+
+def _size(group: pq.RowGroupMetaData, columns: Columns) -> int:
+    """Bytes of a row group in these columns."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    return sum(one.total_uncompressed_size for one in chunks if one.path_in_schema in (columns.id, *columns.texts))
 
 
 def _cut_lines(file: InputFile, columns: Columns) -> CutFile:
-    starts, lines, at, last = [np.zeros(1, np.int64)], 0, 0, b""
+    firsts, starts, lines, at, last = [0], [0], 0, 0, b""
     try:
         with _open_lines(file) as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 if not at and file.kind == "json":
                     _look(file, chunk, columns)
-                ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == NEWLINE)
-                starts.append(at + 1 + ends[UNIT_ROWS - 1 - lines % UNIT_ROWS :: UNIT_ROWS])
+                ends = at + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == NEWLINE)
+                while (taken := _lines_left(ends, firsts[-1] - lines, starts[-1])) <= len(ends):
+                    firsts.append(lines + taken)
+                    starts.append(int(ends[taken - 1]))
                 lines, at, last = lines + len(ends), at + len(chunk), chunk[-1:]
     except EOFError as error:
         raise OSError(str(error)) from None
-    rows = lines + (at > 0 and last != b"\n")
-    units = math.ceil(rows / UNIT_ROWS)
-    return CutFile(file, rows, np.concatenate([*starts, [at]])[: units + 1] if rows else np.zeros(1, np.int64))
+    if at > starts[-1]:
+        firsts.append(lines + (last != b"\n"))
+        starts.append(at)
+    return CutFile(file, np.array(firsts), np.array(starts))
+
+
+def _lines_left(ends: np.ndarray, first: int, start: int) -> int:
+    """How many of the lines that end at these bytes belong to the unit that begins at line `first` (the first of these
+    is 0) and at byte `start`; more than there are where it goes on behind them."""
+    return min(first + UNIT_ROWS, int(np.searchsorted(ends, start + UNIT_BYTES)) + 1)
 
 
 def _look(file: InputFile, chunk: bytes, columns: Columns) -> None:

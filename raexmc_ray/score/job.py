@@ -54,6 +54,7 @@ class Job(BaseModel):
     id_column: str
     text_columns: tuple[str, ...]
     unit_rows: int
+    unit_bytes: int
     precision: Precision
     device: str
     """What encodes: a GPU, or a CPU with so many threads: another may round otherwise."""

@@ -1,6 +1,6 @@
 """Ray Data: label whole data sets offline, in units that are computed once.
 
-A unit is so many rows of one input file (inputs/units.py). An encoder actor reads it, encodes it, asks the shard
+A unit is some rows of one input file (inputs/units.py). An encoder actor reads it, encodes it, asks the shard
 actors, and writes its part of the output (job.py) in one atomic step; the driver holds names and numbers, never rows.
 
 A unit is one batch for the encoder and for the shards whoever does it, with so many threads whatever the number of
@@ -27,7 +27,7 @@ from raexmc_ray.embed import map_units
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import InputFile, Written, find_inputs
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows
-from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
+from raexmc_ray.inputs.units import UNIT_BYTES, UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
 from raexmc_ray.memory.pool import SHARD_CPUS, ShardPool, ShardUnavailableError
 from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
@@ -91,6 +91,7 @@ def score(
         id_column=columns.id,
         text_columns=columns.texts,
         unit_rows=UNIT_ROWS,
+        unit_bytes=UNIT_BYTES,
         precision=precision,
         device="gpu" if cluster.gpu else f"cpu, threads: {_threads(cluster)}",
         inputs=[JobInput(file=str(file), size=file.size, modified_ns=file.modified_ns) for file in files],
