@@ -165,6 +165,15 @@ def test_files_are_found_by_name_glob_and_folder_in_any_order(tmp_path: Path) ->
         assert wrong.split("/")[-1] in str(error.value)
 
 
+def test_lines_of_several_text_files_have_ids_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("vim\nemacs\n")
+    (tmp_path / "c.jsonl").write_text('{"id": 1, "text": "nano"}\n')
+    assert read_texts([str(tmp_path)], Columns())["id"].to_pylist() == ["1", "2", "1"], "each as it stands there"
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"ed\n"))
+    ids = read_texts([str(tmp_path)], Columns())["id"].to_pylist()
+    assert ids == [f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:2", f"{tmp_path}/b.txt.gz:1", "1"]
+
+
 def test_a_file_to_which_several_links_lead_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "in/real").mkdir(parents=True)
     (tmp_path / "away/deep").mkdir(parents=True)

@@ -128,10 +128,14 @@ def read_texts(inputs: Sequence[str], columns: Columns, written: Written | None 
 
 
 class UnitReader:
-    """Reads units of these files, best in their order. Not for several threads at a time."""
+    """Reads units of these files, best in their order. Not for several threads at a time.
+
+    A line of text has its number as its id, from 1; where there are several text files, FILE:NUMBER.
+    """
 
     def __init__(self, files: Sequence[InputFile], columns: Columns) -> None:
         self._files, self._columns = files, columns
+        self._names_lines = sum(file.kind == "text" for file in files) > 1
         self._open: tuple[int, _Lines | _ParquetRows] | None = None
 
     def read(self, unit: Unit) -> UnitRows:
@@ -139,8 +143,7 @@ class UnitReader:
         file = self._files[unit.file]
         try:
             if self._open is None or self._open[0] != unit.file or not self._open[1].reaches(unit):
-                opened = _ParquetRows if file.kind == "parquet" else _Lines
-                self._open = unit.file, opened(file, self._columns, unit)
+                self._open = unit.file, self._opened(file, unit)
             found = self._open[1].take(unit)
             _check_unchanged(file)  # once more: what was open may have been overwritten where it lies
         except (pa.ArrowException, OSError, EOFError) as error:
@@ -148,14 +151,19 @@ class UnitReader:
             raise UnreadableError(f"{file}, rows {unit.first + 1} to {last}: cannot be read: {error}") from None
         return judge_rows(unit.first, found)
 
+    def _opened(self, file: InputFile, unit: Unit) -> _Lines | _ParquetRows:
+        if file.kind == "parquet":
+            return _ParquetRows(file, self._columns, unit)
+        return _Lines(file, self._columns, f"{file}:" if self._names_lines else "")
+
 
 class _Lines:
-    """A text or JSON-lines file; where it is packed, from its beginning on."""
+    """A text or JSON-lines file; where it is packed, from its beginning on. The id of a line of text is its number,
+    behind `prefix`."""
 
-    def __init__(self, file: InputFile, columns: Columns, unit: Unit) -> None:
-        del unit
+    def __init__(self, file: InputFile, columns: Columns, prefix: str) -> None:
         _check_unchanged(file)
-        self._file, self._columns = file, columns
+        self._file, self._columns, self._prefix = file, columns, prefix
         self._stream, self._at = _open_lines(file), 0
 
     def reaches(self, unit: Unit) -> bool:
@@ -173,7 +181,7 @@ class _Lines:
         lines = [line.removesuffix(b"\r") for line in lines]
         if self._file.kind == "json":
             return [parse_line(line, self._columns) for line in lines]
-        return [(str(number), decode_line(line)) for number, line in enumerate(lines, unit.first + 1)]
+        return [(f"{self._prefix}{number}", decode_line(line)) for number, line in enumerate(lines, unit.first + 1)]
 
     def _read(self, size: int) -> bytes:
         content = self._stream.read(size)
