@@ -6,15 +6,20 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 from pydantic import BaseModel, ConfigDict
+
+from raexmc_ray.recipe import CREDENTIALS
 
 CHUNK_BYTES = 16 << 20
 SCRATCH = "raexmc-scratch-"
@@ -30,9 +35,17 @@ class Folder:
 
     @classmethod
     def at(cls, url: str | Path) -> Folder:
-        """The folder at a path or URL; it need not exist."""
+        """The folder at a path or URL; it need not exist. Raises ValueError for a URL of no filesystem.
+
+        What a URL cannot spell stands for itself: a space, a letter of any script, `[`, `#`, a `%` before no number.
+        """
         if "://" in str(url):
-            return cls(*pafs.FileSystem.from_uri(str(url)))
+            encoded = quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", str(url)), safe="%:/?@!$&'()*+,;=")
+            try:
+                return cls(*pafs.FileSystem.from_uri(encoded))
+            except pa.ArrowInvalid as error:
+                said = CREDENTIALS.sub("", str(error))
+                raise ValueError(f"{said}: give a path of this machine, or an s3:// or gs:// URL") from None
         return cls(pafs.LocalFileSystem(), str(Path(url).expanduser().resolve()))
 
     def __truediv__(self, name: str) -> Folder:

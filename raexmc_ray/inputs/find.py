@@ -90,7 +90,7 @@ def find_inputs(inputs: Sequence[str], written: Written | None = None) -> list[I
     """The files that `inputs` name, each once, in the order of their names, whatever the order of `inputs`. A file to
     which links lead, too, has its own name where that is among those found, or else the first of them.
 
-    inputs: paths, `s3://` or `gs://` URLs of files, globs (`*`, `**`; on this machine also `?` and `[…]`) or folders,
+    inputs: paths, `s3://` or `gs://` URLs of files, globs (`*`, `**`, `[…]`; on this machine also `?`) or folders,
     which are searched to their last subfolder, links included, for names that end in one of `KINDS`. Hidden files and
     folders (`.name`, `_name`) are passed over unless they are spelled out, and so is what the caller has `written`.
     Raises ValueError that names the input in which there is nothing to read.
