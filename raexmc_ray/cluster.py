@@ -67,17 +67,25 @@ def refuse_unplaceable(what: str, wanted: Mapping[str, float], remedy: str, numb
     room = _room_for(nodes, wanted)
     if room >= number:
         return
-    each = " and ".join(_say(name, much) for name, much in wanted.items())
-    most = " and ".join(_say(name, max(node["Resources"].get(name, 0) for node in nodes)) for name in wanted)
-    there = f"there is room for {room} of {number}" if room else f"the most that a node has is {most}"
-    said = f"{what} wants {each} on one node, and {there}: {remedy}"
+    nearest = _nearest(nodes, wanted)
+    there = f"there is room for {room} of {number}" if room else f"the node that comes nearest has {_say(nearest)}"
+    said = f"{what} wants {_say(wanted)} on one node, and {there}: {remedy}"
     if not _may_grow(nodes):
         raise ValueError(f"{said}, or add such a node")
     logger.warning("%s, unless the cluster adds such a node: waiting for one", said)
 
 
-def _say(resource: str, much: float) -> str:
-    return f"{much / 2**30:.1f} GiB of memory" if resource == "memory" else f"{much:g} {resource}"
+def _nearest(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> dict[str, float]:
+    """What the node has of each that lacks the least: whose smallest share of what is wanted is the largest."""
+    there = [{name: node["Resources"].get(name, 0) for name in wanted} for node in nodes]
+    return max(there, key=lambda has: sorted(min(1, has[name] / much) for name, much in wanted.items()))
+
+
+def _say(resources: Mapping[str, float]) -> str:
+    return " and ".join(
+        f"{much / 2**30:.1f} GiB of memory" if name == "memory" else f"{much:g} {name}"
+        for name, much in resources.items()
+    )
 
 
 def count_gpus() -> int:

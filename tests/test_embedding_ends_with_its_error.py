@@ -63,7 +63,7 @@ def test_a_text_that_cannot_be_encoded_is_named(tmp_path: Path, monkeypatch: pyt
     [
         (
             {"cpus_per_worker": 8},
-            r"a shard wants 8 CPU and .* a node has is 4 CPU and .*: lower cluster\.cpus_per",
+            r"a shard wants 8 CPU and .* nearest has 4 CPU and .*: lower cluster\.cpus_per",
         ),
         ({"gpu": True}, r"an encoder actor wants 1 CPU and 1 GPU .* 0 GPU: .*set cluster\.gpu=false"),
     ],
@@ -108,11 +108,31 @@ def test_a_node_that_a_growing_cluster_may_add_is_waited_for(
     gone = {"Alive": False, "Resources": {"CPU": 64.0}, "Labels": {}}
     monkeypatch.setattr(ray, "nodes", lambda: [head, gone])
     refuse_unplaceable("it", {"CPU": 8}, "lower it")
-    assert "it wants 8 CPU on one node, and the most that a node has is 4 CPU: lower it, unless" in caplog.text
+    assert "it wants 8 CPU on one node, and the node that comes nearest has 4 CPU: lower it, unless" in caplog.text
     head["Labels"] = {}
     with pytest.raises(ValueError, match="lower it, or add such a node"):
         refuse_unplaceable("it", {"CPU": 8}, "lower it")
     refuse_unplaceable("it", {"CPU": 4}, "lower it")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "nearest"),
+    [
+        ([{"CPU": 64}, {"CPU": 2, "GPU": 1}], {"CPU": 4, "GPU": 1}, "2 CPU and 1 GPU"),
+        ([{"CPU": 64}, {"CPU": 3}], {"CPU": 4, "GPU": 1}, "64 CPU and 0 GPU"),
+        (
+            [{"CPU": 64, "memory": 2**30}, {"CPU": 3, "memory": 2**36}],
+            {"CPU": 4, "memory": 2**33},
+            "3 CPU and 64.0 GiB",
+        ),
+    ],
+)
+def test_what_is_said_of_the_room_is_one_nodes(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict], wanted: dict, nearest: str
+) -> None:
+    monkeypatch.setattr("raexmc_ray.cluster.living_nodes", lambda: [{"Resources": n, "Labels": {}} for n in nodes])
+    with pytest.raises(ValueError, match=f"and the node that comes nearest has {nearest}"):
+        refuse_unplaceable("it", wanted, "lower it")
 
 
 @pytest.mark.faults

@@ -89,7 +89,7 @@ def node(labels: dict[str, str] | None = None, **resources: float) -> dict:
         (
             [node(CPU=4), node(CPU=4)],
             ["cluster.workers=1", "cluster.cpus_per_worker=8"],
-            "the most that a node has is 4 CPU",
+            "the node that comes nearest has 4 CPU",
         ),
         ([node(CPU=4), node(CPU=4)], ["cluster.workers=4", "cluster.cpus_per_worker=2.5"], "there is room for 2 of 4"),
         ([node(CPU=9), node(CPU=1, GPU=2)], ["cluster.gpu=true"], "there is room for 1 of 2"),
