@@ -54,7 +54,7 @@ def main() -> None:
             embed_keys(table, Folder.at(FOLDER / "encoder"), embeddings, EncoderSection(), ClusterSection(encoders=2))
         whole = time.perf_counter() - started
         # From the end of the first unit to the last one's: a unit's time is missing, and so are its texts.
-        written = sorted(os.stat(f"{embeddings.folder.path}/{name}").st_mtime for name in embeddings.folder.names())
+        written = sorted(unit.stat().st_mtime for unit in Path(embeddings.folder.path).glob("unit-*"))
         steady = (len(texts) - embeddings.size(0)) / (written[-1] - written[0])
         print(f"round {round_}: ours {steady:.0f} texts/s ({len(texts) / whole:.0f} with the start)", flush=True)
         return steady, embeddings

@@ -2,7 +2,8 @@
 
 Keys are cut into units of consecutive ids. An encoder actor embeds a unit and writes it to a file of its own in
 one atomic step; a run that was stopped computes only the units that are missing. A unit's file has one record
-batch a shard, so that a shard reads its own rows only.
+batch a shard, so that a shard reads its own rows only. All units are computed in one precision, which the hardware
+that begins them chooses: a run that goes on elsewhere keeps to it, and so do nodes of another kind.
 
 The encoder's module is imported where it is needed: tasks that build shards import this one, and torch and transformers
 take several seconds.
@@ -33,13 +34,15 @@ from raexmc_ray.inputs.find import Written
 from raexmc_ray.inputs.rows import Columns
 from raexmc_ray.inputs.units import read_texts
 from raexmc_ray.progress import Progress
-from raexmc_ray.recipe import ClusterSection, EncoderSection
+from raexmc_ray.recipe import ClusterSection, EncoderSection, Precision
 
 if TYPE_CHECKING:
     from raexmc_ray.encoder import TextEncoder
 
 UNIT_KEYS = 4096
 """Keys in a unit."""
+COMPUTED_IN: dict[Precision, str] = {"bfloat16": "computed-in-bfloat16", "float32": "computed-in-float32"}
+"""The empty file beside the units that says in what precision all of them are computed."""
 WRITTEN = (f"embeddings/{'[0-9a-f]' * 16}/*", f"encoders/given-{'[0-9a-f]' * 16}/*")
 """What `embed_files` writes under its output."""
 STAGED = "staged"
@@ -48,6 +51,7 @@ NAMES = ("kind", "uid", "id")
 """Columns that name a row to people, where a table has them."""
 BLOCK_UNITS = 16
 """Units whose rows of a shard are handed to its index together."""
+logger = logging.getLogger("raexmc_ray")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,25 @@ class Embeddings:
         """Units that are not there yet."""
         there = set(self.folder.names())
         return [unit for unit in range(self.units) if _unit_file(unit) not in there]
+
+    def precision(self) -> Precision | None:
+        """In which the units are computed; None where nobody has begun. Raises ValueError where two have, in two."""
+        names = self.folder.names()
+        there = [precision for precision, name in COMPUTED_IN.items() if name in names]
+        if len(there) > 1:
+            raise ValueError(
+                f"{self.folder}: was begun in bfloat16 and in float32 at once, by nodes of two kinds: remove it, and "
+                "run the same command again"
+            )
+        return there[0] if there else None
+
+    def begin(self, own: Precision) -> Precision:
+        """The precision in which to compute units: `own`, unless they were begun in another. Raises as `precision`."""
+        begun = self.precision()
+        if begun is None:
+            (self.folder / COMPUTED_IN[own]).write(b"")
+            self.precision()  # before any unit is written: of two that begin at the same time, one sees both
+        return begun or own
 
     def write(self, unit: int, vectors_ND: np.ndarray) -> None:
         """Put a unit's embeddings there in one atomic step: a record batch a shard, its keys in id order."""
@@ -130,6 +153,9 @@ def embed_keys(
     missing = embeddings.missing()
     if not missing:
         return
+    precision = embeddings.precision()
+    if precision:
+        logger.info("%s: goes on in %s, in which it was begun", embeddings.folder, precision)
     finished = len(table) - sum(map(embeddings.size, missing))
     texts = table.select(["key_id", *(name for name in NAMES if name in table.column_names), "text"])
     # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
@@ -223,9 +249,18 @@ class _UnitEncoder:
         from raexmc_ray.encoder import use_hardware
 
         self._encoder = use_hardware(load_encoder(encoder), threads, keys=True, gpu=gpu)
-        self._embeddings, self._batch_size = embeddings, batch_size
+        self._embeddings, self._batch_size, self._refused = embeddings, batch_size, ""
+        own = self._encoder.precision
+        try:
+            precision = embeddings.begin(own)
+        except ValueError as error:  # for a call to say: Ray Data makes a trace of what is raised here
+            precision, self._refused = own, str(error)
+        if precision != own:
+            self._encoder = use_hardware(load_encoder(encoder), threads, precision, gpu=gpu)
 
     def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:
+        if self._refused:
+            return {"error": np.array([self._refused])}
         texts = unit["text"].to_pylist()
         try:
             vectors_ND = self._encoder.encode(texts, self._batch_size)

@@ -195,6 +195,11 @@ class TextEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def precision(self) -> Precision:
+        """What the forward pass computes in."""
+        return "bfloat16" if self._compute_dtype == torch.bfloat16 else "float32"
+
     def place(self, device: torch.device, dtype: torch.dtype) -> TextEncoder:
         """This encoder on `device`, its forward pass in `dtype`; weights and embeddings are float32 whatever it is."""
         self.to(device)

@@ -55,7 +55,7 @@ def test_building_again_makes_the_same_snapshot_and_embeds_only_what_is_missing(
     again = Recipe.parse(tiny_run.model_dump(by_alias=True), ["prediction.k=7"])
     units = Folder.at(tiny_run.cluster.storage) / "embeddings"
     (folder,) = units.names()
-    (unit,) = (units / folder).names()
+    (unit,) = (name for name in (units / folder).names() if name.startswith("unit-"))
     path = f"{units.path}/{folder}/{unit}"
     with open(path, "rb") as file:
         content = file.read()

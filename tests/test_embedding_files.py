@@ -15,10 +15,10 @@ import torch
 from helpers import MODEL, tiny_encoder
 
 from raexmc_ray import embed
-from raexmc_ray.embed import Embeddings, embed_files
+from raexmc_ray.embed import Embeddings, _UnitEncoder, embed_files, embed_keys
 from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
-from raexmc_ray.recipe import ClusterSection, EncoderSection
+from raexmc_ray.recipe import ClusterSection, EncoderSection, Precision
 
 
 @pytest.mark.ray
@@ -91,6 +91,44 @@ def test_each_actor_of_a_pool_owns_a_gpu_and_gets_whole_units() -> None:
     """Ray's own account of GPUs, which need not be there: another cluster, whose GPUs no other test sees."""
     done = subprocess.run([sys.executable, "-c", ON_GPUS], capture_output=True, text=True, timeout=240)
     assert done.stdout.splitlines()[-1:] == ["[20, 40, 40]"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("begun", ["bfloat16", "float32"])
+def test_keys_are_of_one_precision_whatever_hardware_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: Precision
+) -> None:
+    monkeypatch.setattr(embed, "UNIT_KEYS", 2)
+    tiny_encoder().save(tmp_path / "encoder")
+    table = pa.table({"key_id": range(4), "text": [f"text number {i}" for i in range(4)]})
+    embeddings, threads = Embeddings(Folder.at(tmp_path / "keys"), 4, 1, "float32"), torch.get_num_threads()
+    for unit in range(2):  # each on another kind of CPU
+        monkeypatch.setattr("raexmc_ray.encoder.bfloat16_is_native", lambda _, unit=unit: (begun == "bfloat16") != unit)
+        worker = _UnitEncoder(Folder.at(tmp_path / "encoder"), embeddings, 64, threads, gpu=False)
+        assert worker(table.slice(2 * unit, 2))["rows"].tolist() == [2]
+    assert embeddings.precision() == begun
+    encoder = use_hardware(TextEncoder.load(str(tmp_path / "encoder")), threads, begun)
+    expected = [encoder.encode(table["text"].to_pylist()[start : start + 2]) for start in (0, 2)]
+    assert np.array_equal(np.concatenate(list(embeddings.of_shard(0))), np.concatenate(expected))
+
+
+def test_keys_that_two_kinds_of_hardware_begin_at_once_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them saw no other when it looked first."""
+    tiny_encoder().save(tmp_path / "encoder")
+    table = pa.table({"key_id": [0], "text": ["a text"]})
+    embeddings, write = Embeddings(Folder.at(tmp_path / "keys"), 1, 1, "float32"), Folder.write
+
+    def write_both(self: Folder, data: bytes) -> None:
+        for precision in ("bfloat16", "float32"):
+            write(self.parent / f"computed-in-{precision}", data)
+
+    monkeypatch.setattr(Folder, "write", write_both)
+    worker = _UnitEncoder(Folder.at(tmp_path / "encoder"), embeddings, 64, torch.get_num_threads(), gpu=False)
+    (said,) = worker(table)["error"]
+    assert said.startswith(f"{tmp_path}/keys: was begun in bfloat16 and in float32 at once")
+    with pytest.raises(ValueError, match="at once, by nodes of two kinds: remove it"):
+        embed_keys(table, Folder.at(tmp_path / "encoder"), embeddings, EncoderSection(), ClusterSection())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
