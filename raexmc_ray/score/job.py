@@ -18,11 +18,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.dataset as pads
 from pydantic import BaseModel, ConfigDict
 
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs.units import CutFile
+from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Precision, PredictionSection
 
 JOB, SUMMARY, PREDICTED, REJECTED = "job.json", "summary.json", "predictions", "rejected"
@@ -154,13 +155,7 @@ def summarise(output: Folder, job: Job, cut: Sequence[CutFile], done: int, secon
     if len(missing):
         raise ValueError(f"{output}: {len(missing)} parts were removed while the job ran: run the same command again")
     _sweep(output)
-    reasons: Counter[str] = Counter()
-    for name in (output / REJECTED).names():
-        if name.startswith("."):
-            continue
-        part = output / REJECTED / name
-        with part.filesystem.open_input_file(part.path) as source:
-            reasons.update(pq.read_table(source, columns=["reason"])["reason"].to_pylist())
+    reasons = _count_reasons(output)
     rows = sum(part.rows for part in cut)
     summary = Summary(
         rows=rows,
@@ -175,6 +170,20 @@ def summarise(output: Folder, job: Job, cut: Sequence[CutFile], done: int, secon
     )
     (output / SUMMARY).write(summary.model_dump_json(indent=2, by_alias=True).encode() + b"\n")
     return summary
+
+
+def _count_reasons(output: Folder) -> Counter[str]:
+    """The rejected rows by their reason: from their parts, which Arrow reads several at a time."""
+    reasons: Counter[str] = Counter()
+    folder = output / REJECTED
+    paths = [(folder / name).path for name in folder.names() if not name.startswith(".")]
+    if paths:
+        parts = pads.dataset(paths, pa.schema({"reason": pa.string()}), "parquet", output.filesystem)
+        with Progress("count the rejected rows", len(paths), "parts") as progress:
+            for part in parts.to_batches():  # a part is one batch: it has the rows of a unit
+                reasons.update(part["reason"].to_pylist())
+                progress.add(1)
+    return reasons
 
 
 def _sweep(output: Folder) -> None:
