@@ -44,7 +44,7 @@ def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path
     ("overrides", "says"),
     [
         (["cluster.gpu=true"], r"a training worker wants 1 CPU and 1 GPU on one .* and 0 GPU: .*cluster\.gpu=false"),
-        (["cluster.cpus_per_worker=64"], r"wants 64 CPU on one node, .* has is 4 CPU: .*cluster\.cpus_per_worker"),
+        (["cluster.cpus_per_worker=64"], r"wants 64 CPU on one node, .* has 4 CPU: .*cluster\.cpus_per_worker"),
         (["encoder.model=/no/such/model"], r"encoder\.model is /no/such/model, and there is no model there"),
         (["encoder.layers=40"], r"encoder\.layers is 40"),
         (["encoder.max_tokens=513"], r"encoder\.max_tokens is 513, but package:\w+ takes 512 at most: set it to 512"),
@@ -122,7 +122,7 @@ def test_a_cluster_that_may_grow_is_waited_for(
     head = node({"ray.io/node-group": "head"}, CPU=16)
     monkeypatch.setattr("raexmc_ray.cluster.living_nodes", lambda: [head])
     refuse(Recipe.parse(tiny_settings(tiny_corpus, tmp_path), ["cluster.gpu=true"]), 240)
-    assert "has is 16 CPU and 0 GPU: lower cluster.workers" in caplog.text
+    assert "nearest has 16 CPU and 0 GPU: lower cluster.workers" in caplog.text
     assert "unless the cluster adds such a node: waiting for one" in caplog.text
 
 
