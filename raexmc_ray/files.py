@@ -74,7 +74,10 @@ class Folder:
     def names(self) -> list[str]:
         """Names of the files and folders in this folder, sorted; none where there is no folder."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        try:
+            return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        except FileNotFoundError:  # Arrow allows for no folder that another process makes while it looks for it
+            return []
 
     def read(self) -> bytes:
         """All bytes of the file at this path. Raises FileNotFoundError."""

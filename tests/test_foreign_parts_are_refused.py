@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,21 @@ def test_a_written_file_is_whole_or_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         file.write("not bytes")  # type: ignore[arg-type]
     assert (Folder.at(tmp_path).names(), file.read()) == (["CURRENT"], b"two\n"), "nothing is left beside it"
+
+
+def test_a_folder_that_another_makes_while_it_is_listed_is_empty_or_there(tmp_path: Path) -> None:
+    """Actors that begin at the same time look what is there, and make the folder where there is none."""
+    folder, ended = tmp_path / "made and gone", threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            folder.mkdir()
+            folder.rmdir()
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        assert all(Folder.at(folder).names() == [] for _ in range(5_000))
+    finally:
+        ended.set()
+        other.join()
