@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from raexmc_ray.memory.hits import Hits, best_cells
-from raexmc_ray.ragged import longest, rank_in_row
+from raexmc_ray.memory.hits import Hits
+from raexmc_ray.ragged import rank_in_row
 
 BY_SIMILARITY = 0.05
 """A τ at which labels that only their own keys vote for stand in the order of their similarities: at far lower ones
@@ -76,32 +76,24 @@ def aggregate(
     taken. allowed, blocked: labels that alone may be answered, that may not be; others' scores stay what they are.
     Sums are taken in float64 in the order of the hits, and rounded to float32 before they are ordered.
     """
-    weights_Bb = weigh(hits, lambda_, temperature)
-    B, b = weights_Bb.shape
-    # Row by row, a sparse product adds up the votes in the order of the hits: the same sums for any batch.
-    labels = 1 + int(hits.votes.max(initial=-1))
-    query_hits = sp.csr_array((weights_Bb.ravel(), np.arange(B * b), np.arange(B + 1) * b), shape=(B, B * b))
-    hit_votes = sp.csr_array((np.ones(len(hits.votes)), hits.votes, hits.vote_offsets), shape=(B * b, labels))
-    mass = query_hits @ hit_votes if labels else sp.csr_array((B, 0))
-    lengths = np.diff(mass.indptr)
-    slack = longest(exclude.indptr) if exclude is not None else 0
-    voted_BW = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    scores_BW, labels_BW = np.zeros(voted_BW.shape, np.float32), np.zeros(voted_BW.shape, np.int64)
-    scores_BW[voted_BW], labels_BW[voted_BW] = mass.data, mass.indices
-    answered = scores_BW[voted_BW] > 0  # as it is answered: what weighs less than a float32 can say has no score
+    labels_BW, scores_BW = _mass(hits, weigh(hits, lambda_, temperature))
+    B, W = scores_BW.shape
     if allowed is not None:
-        answered &= np.isin(mass.indices, allowed)
+        scores_BW[~np.isin(labels_BW, allowed)] = 0
     if blocked is not None:
-        answered &= ~np.isin(mass.indices, blocked)
-    voted_BW[voted_BW] = answered
-    best = best_cells(scores_BW, labels_BW, voted_BW, k + slack)
-    row, label, score = best // max(1, voted_BW.shape[1]), labels_BW.ravel()[best], scores_BW.ravel()[best]
+        scores_BW[np.isin(labels_BW, blocked)] = 0
     if exclude is not None and exclude.nnz:
-        span = exclude.shape[1]
+        span = max(exclude.shape[1], 1 + int(labels_BW.max(initial=0)))
+        cells = (np.arange(B)[:, None] * span + labels_BW.astype(np.int64)).ravel()  # ascending
         excluded = np.repeat(np.arange(B), np.diff(exclude.indptr)) * span + exclude.indices
-        kept = ~np.isin(row * span + label, excluded)
-        row, label, score = row[kept], label[kept], score[kept]
-    order = np.lexsort((label, -score, row))
+        at = np.searchsorted(cells, excluded)  # the first of its cells, which has the score
+        at, excluded = at[at < len(cells)], excluded[at < len(cells)]
+        scores_BW.ravel()[at[cells[at] == excluded]] = 0
+    # Sorted are only the cells that a partition leaves in question. A score of 0 is none.
+    least_B1 = np.partition(scores_BW, W - k, axis=1)[:, W - k, None] if k < W else np.float32(0)
+    best = np.flatnonzero((scores_BW >= least_B1) & (scores_BW > 0))
+    row, label, score = best // max(1, W), labels_BW.ravel()[best], scores_BW.ravel()[best]
+    order = np.lexsort((-score, row))  # stable: labels ascend in a row
     row, label, score = row[order], label[order], score[order]
     rank = rank_in_row(row)
     top = rank < k
@@ -110,6 +102,37 @@ def aggregate(
     labels_Bk[row[top], rank[top]] = label[top]
     scores_Bk[row[top], rank[top]] = score[top]
     return Predictions(labels_Bk, scores_Bk)
+
+
+def _mass(hits: Hits, weights_Bb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(labels_BW unsigned, scores_BW float32): each label that a row's hits vote for, ascending, with the sum of its
+    votes in the first of as many cells as it has votes; the others, and those beyond a row's votes, have score 0.
+
+    Sums are taken in float64 in the order of the hits.
+    """
+    B, b = weights_Bb.shape
+    # A vote is one number, its label and then its hit's place, which NumPy sorts by the vector: twice as fast as a
+    # sparse product adds them up, which reads a dense row of all labels at random. Places beyond b weigh nothing.
+    bits = b.bit_length()
+    labels = 2 + int(hits.votes.max(initial=-1))
+    dtype = np.dtype(np.uint32 if labels << bits <= 1 << 32 else np.uint64)
+    lengths = np.diff(hits.vote_offsets)
+    votes_B = lengths.reshape(B, b).sum(axis=1)
+    places = np.repeat(np.tile(np.arange(b, dtype=dtype), B), lengths)
+    packed_BW = np.full((B, votes_B.max(initial=0)), np.iinfo(dtype).max, dtype)
+    is_vote_BW = np.arange(packed_BW.shape[1]) < votes_B[:, None]
+    packed_BW[is_vote_BW] = (hits.votes.astype(dtype) << dtype.type(bits)) | places
+    packed_BW.sort(axis=1)
+    labels_BW = packed_BW >> dtype.type(bits)
+    weights = np.zeros((B, 1 << bits))
+    weights[:, :b] = weights_Bb
+    places_BW = packed_BW & dtype.type((1 << bits) - 1)
+    votes_BW = np.take_along_axis(weights, places_BW.astype(np.intp), axis=1)
+    first_BW = np.ones(packed_BW.shape, bool)
+    np.not_equal(labels_BW[:, 1:], labels_BW[:, :-1], out=first_BW[:, 1:])
+    scores_BW = np.zeros(packed_BW.shape, np.float32)
+    scores_BW[first_BW] = np.bincount(np.cumsum(first_BW) - 1, votes_BW.ravel()) if first_BW.size else 0
+    return labels_BW, scores_BW
 
 
 def vote_evidence(hits: Hits, predictions: Predictions, *, lambda_: float, temperature: float, keys: int) -> Evidence:

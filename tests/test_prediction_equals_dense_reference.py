@@ -121,6 +121,21 @@ def test_excluded_pairs_make_room_for_the_next() -> None:
     assert got.labels_Bk.tolist() == [[1, 2], [0, 2]]
 
 
+def test_labels_beyond_what_32_bits_hold_beside_a_place() -> None:
+    """Votes are packed into 32 bits where they fit, else into 64: the answers are the same."""
+    rows = [random_row(np.random.default_rng(seed), 25, 12) for seed in range(3)]
+    exclude = random_relevance(np.random.default_rng(9), 3, 12, 0.2)
+    last = np.iinfo(np.int32).max - 11
+    near, far = hits_of(rows), hits_of([[(*cell, [last + v for v in votes]) for *cell, votes in row] for row in rows])
+    shape = (3, last + 12)
+    moved = sp.csr_matrix((exclude.data, exclude.indices.astype(np.int64) + last, exclude.indptr), shape=shape)
+    expected = aggregate(near, lambda_=0.5, temperature=0.3, k=9, exclude=exclude)
+    got = aggregate(far, lambda_=0.5, temperature=0.3, k=9, exclude=moved)
+    assert got.scores_Bk.tolist() == expected.scores_Bk.tolist()
+    labels = expected.labels_Bk
+    assert got.labels_Bk.tolist() == np.where(labels >= 0, labels + last, -1).tolist()
+
+
 def test_hits_that_vote_for_nothing_leave_an_empty_answer() -> None:
     got = aggregate(hits_of([[(0, 0.9, False, [])], [(10, 0.9, True, [4])]]), lambda_=0.5, temperature=0.1, k=2)
     assert got.labels_Bk.tolist() == [[-1, -1], [4, -1]]
