@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from raexmc_ray.lexical import Lexical
+from raexmc_ray.packed import pack_weights
 from raexmc_ray.ragged import ragged_take
 from raexmc_ray.recipe import Precision
 
@@ -219,15 +220,17 @@ class TextEncoder(nn.Module):
         torch.set_num_threads(1)
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, "encode") if threads > 1 else None
 
-    def round_weights(self) -> None:
-        """Round the weights of matrix products to bfloat16 once, as a forward pass in it does at every call.
+    def freeze_weights(self) -> None:
+        """Round the weights of matrix products once to what the forward pass computes in, and lay them out for a CPU.
 
-        The embeddings are the same, from half the bytes. It can no longer be trained, nor saved.
+        It does the same, sooner: a pass does both at every call. It can no longer be trained, nor saved.
         """
         _ = self.fingerprint  # of the weights as they are
+        if self.device.type == "cpu":
+            pack_weights(self.model, self._compute_dtype)
         for module in self.model.modules():
             if isinstance(module, nn.Linear):
-                module.to(torch.bfloat16).requires_grad_(False)
+                module.to(self._compute_dtype).requires_grad_(False)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of `texts`, cut to `max_tokens`, in parallel over the CPUs."""
@@ -368,8 +371,7 @@ def use_hardware(
     else:
         reduced = precision == "bfloat16"
     encoder.place(device, torch.bfloat16 if reduced else torch.float32)
-    if reduced:
-        encoder.round_weights()
+    encoder.freeze_weights()
     return encoder
 
 

@@ -7,6 +7,7 @@ An instance among the hits votes for its labels with weight λ, a label for itse
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -115,7 +116,7 @@ def _mass(hits: Hits, weights_Bb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # sparse product adds them up, which reads a dense row of all labels at random. Places beyond b weigh nothing.
     bits = b.bit_length()
     labels = 2 + int(hits.votes.max(initial=-1))
-    dtype = np.dtype(np.uint32 if labels << bits <= 1 << 32 else np.uint64)
+    dtype: np.dtype[Any] = np.dtype(np.uint32 if labels << bits <= 1 << 32 else np.uint64)
     lengths = np.diff(hits.vote_offsets)
     votes_B = lengths.reshape(B, b).sum(axis=1)
     places = np.repeat(np.tile(np.arange(b, dtype=dtype), B), lengths)

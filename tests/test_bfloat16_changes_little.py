@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import MODEL
+from torch import nn
 
 import raexmc_ray
 from raexmc_ray.corpus import read_corpus
@@ -25,14 +26,17 @@ def encoder_in(precision: Precision) -> TextEncoder:
     return use_hardware(TextEncoder.load(MODEL), torch.get_num_threads(), precision)
 
 
-def test_weights_that_are_rounded_once_change_no_bit(tiny_texts: list[str]) -> None:
-    each_time, once = TextEncoder.load(MODEL), TextEncoder.load(MODEL)
-    fingerprint = each_time.fingerprint
-    for encoder in (each_time, once):
-        encoder.place(torch.device("cpu"), torch.bfloat16)
-    once.round_weights()
-    assert np.array_equal(once.encode(tiny_texts), each_time.encode(tiny_texts))
-    assert once.fingerprint == fingerprint
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_frozen_weights_compute_the_same(tiny_texts: list[str], precision: Precision) -> None:
+    as_it_is, frozen = TextEncoder.load(MODEL), TextEncoder.load(MODEL)
+    as_it_is.place(torch.device("cpu"), getattr(torch, precision))
+    use_hardware(frozen, 1, precision)
+    expected, got = (encoder.encode(tiny_texts) for encoder in (as_it_is, frozen))
+    assert np.abs(got - expected).max() < (1e-6 if precision == "float32" else 1e-3)
+    assert frozen.fingerprint == as_it_is.fingerprint
+    assert (frozen.device, frozen.precision) == (torch.device("cpu"), precision)
+    if "AVX" in torch.backends.cpu.get_cpu_capability():
+        assert not any(isinstance(module, nn.Linear) for module in frozen.modules()), "laid out for this CPU"
 
 
 def test_an_answer_depends_little_on_its_batch(tiny_corpus: Path, tiny_texts: list[str], tmp_path: Path) -> None:
