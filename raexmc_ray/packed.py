@@ -21,12 +21,12 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         # Not parameters: nothing may move or cast them. The names are Linear's, of which some models ask the type.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), TOKENS)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight.default(linear.weight.detach().to(dtype), TOKENS)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
             states.to(self.weight.dtype), self.weight, self.bias, "none", [], ""
         )
         return result
