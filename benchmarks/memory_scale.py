@@ -55,8 +55,8 @@ B, NEIGHBOURS, BATCHES, ROUNDS, SINGLES = 256, 100, 5, 6, 60
 PROBES = (4, 8, 16, 32, 64, 128, 256)
 RECALL, RESTARTS = 0.95, 5
 K_FACTOR = 8.8
-"""Keys that FAISS's IndexRefine rescores for each that is wanted: as many as eight shards rescore together, each of them
-110 of the best 100 (its share of 600, and four standard deviations more)."""
+"""Keys that FAISS's IndexRefine rescores for each that is wanted: as many as eight shards do together, each of them 110
+for the best 100 (its share of 600, and four standard deviations more)."""
 
 
 class PeakMemory(threading.Thread):
