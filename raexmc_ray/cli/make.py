@@ -37,11 +37,13 @@ def build(
     from raexmc_ray.train.trainer import trained_encoder
 
     if encoder:
-        tower = stage_encoder(Folder.at(settings.cluster.storage), encoder, settings.encoder)
+        section = settings.encoder.model_copy(update={"model": encoder})
+        settings = settings.model_copy(update={"encoder": section})
+        tower = stage_encoder(Folder.at(settings.cluster.storage), encoder, section)
     else:
         tower = trained_encoder(settings, corpus)
     with connected():
-        snapshot = build(settings, corpus, tower)
+        snapshot = build(settings, corpus, tower, trained=not encoder)
     # Not the URL as it was given: it may carry credentials.
     console.print(f"memory: {Folder.at(settings.cluster.storage) / 'memory'}, snapshot {snapshot}", soft_wrap=True)
 

@@ -30,12 +30,13 @@ from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
 
 
-def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
+def build(recipe: Recipe, corpus: Corpus, encoder: Folder, *, trained: bool = True) -> str:
     """Build and publish the memory of `corpus` at `cluster.storage`/memory; returns the snapshot's id.
 
-    encoder: a folder that every node sees. The same recipe, corpus and encoder make the same snapshot: a run
-    that was stopped goes on, and one that is finished is only made the current one again. Raises ValueError where no
-    node has room for what must run on one.
+    encoder: a folder that every node sees. trained: by this recipe; where it was not, the recipe's training is left out
+    of what is recorded. The same recipe, corpus and encoder make the same snapshot: a run that was stopped goes on, and
+    one that is finished is only made the current one again. Raises ValueError where no node has room for what must run
+    on one.
     """
     storage = Folder.at(recipe.cluster.storage)
     table = key_table(corpus)
@@ -54,8 +55,11 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder) -> str:
     embeddings = Embeddings(storage / "embeddings" / name, len(table), plan.shards, dtype.name)
     staged = stage(storage, tower) if tower.lexical else encoder
     embed_keys(table, staged, embeddings, recipe.encoder, recipe.cluster)
-    trained, shards = write_shards(plan, table, embeddings, cpus)
-    finish_snapshot(plan, corpus, tower, trained, shards, recipe.prediction, recipe.record())
+    shared, shards = write_shards(plan, table, embeddings, cpus)
+    record = recipe.record()
+    if not trained:
+        del record["training"]
+    finish_snapshot(plan, corpus, tower, shared, shards, recipe.prediction, record)
     return plan.id
 
 

@@ -79,7 +79,7 @@ class Manifest(BaseModel):
     defaults: PredictionSection
     """λ, temperature, neighbours and k where a call does not give them."""
     recipe: dict[str, object] | None = None
-    """The recipe that the memory was built from."""
+    """The recipe that the memory was built from; without `training` where its encoder came from elsewhere."""
     files: dict[str, FileEntry]
     """Every file of the snapshot but this one."""
 
