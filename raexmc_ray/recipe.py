@@ -44,7 +44,8 @@ class CorpusSection(Section):
     path: str
     """Folder of the corpus: LF-XMC JSON lines, the raw text layout, or Parquet."""
     fields: tuple[Literal["title", "content"], ...] = ("title",)
-    """Which text fields are encoded, in this order, joined by a blank. The titles benchmarks take the title."""
+    """Which text fields of JSON lines are encoded, in this order, joined by a blank. The titles benchmarks take the
+    title. The other layouts have one text a row."""
     holdout: float = Field(0.0, ge=0, lt=1)
     """Above zero, this share of the training instances stands in for the test part, which is not touched:
     for choosing settings."""

@@ -116,7 +116,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         read_corpus(tmp_path)
 
 
-def test_all_layouts_give_the_same_corpus(tmp_path: Path) -> None:
+def test_all_layouts_give_the_same_corpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fields, which one of them has, do nothing in the others, and that is said."""
     train = [{**row, "uid": str(i)} for i, row in enumerate(TRAIN)]
     labels = [{**row, "uid": str(i)} for i, row in enumerate(LABELS)]
     for name in ("json", "parquet", "raw"):
@@ -143,6 +144,11 @@ def test_all_layouts_give_the_same_corpus(tmp_path: Path) -> None:
     for name, split in (("trn", expected.train), ("tst", expected.test)):
         sp.save_npz(tmp_path / f"raw/Y.{name}.npz", split.relevance)
     assert same(read_corpus(tmp_path / "raw"), expected)
+
+    assert not caplog.text
+    for name, file in (("parquet", "labels.parquet"), ("raw", "raw/Y.txt")):
+        assert same(read_corpus(tmp_path / name, ("title", "content")), expected)
+        assert f"corpus.fields is ['title', 'content'], and does nothing: {tmp_path / name / file} has" in caplog.text
 
     pq.write_table(table([train[0], {**train[1], "target_ind": [3]}]), tmp_path / "parquet/instances.parquet")
     with pytest.raises(CorpusError, match=r"instances\.parquet, line 2, field 'labels': label index 3 is out of range"):

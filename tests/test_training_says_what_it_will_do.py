@@ -79,6 +79,26 @@ def test_what_cannot_work_is_refused_at_once(
     assert time.monotonic() - started < 20, "before any worker is started"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "idle"),
+    [
+        (["depth=50", "group=4", "every=2"], ["depth is 50", "group is 4", "every is 2"]),
+        (["depth=50", "group=4", "every=2", "batches=neighbours"], ["depth is 50"]),
+        (["depth=50", "group=4", "every=2", "labels=1"], ["group is 4"]),
+        (["depth=100", "group=8", "every=1"], []),  # as they are by default
+    ],
+)
+def test_settings_of_mining_that_do_nothing_are_said(
+    overrides: list[str], idle: list[str], tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = [f"training.mining.{one}" for one in overrides]
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), [*settings, "training.batch_size=10000"])
+    with pytest.raises(ValueError, match="make the batch smaller"):
+        train(recipe, read_corpus(recipe.corpus.path))
+    said = [record.message.split(", and does nothing: training.mining.")[0] for record in caplog.records]
+    assert sorted(said) == [f"training.mining.{one}" for one in sorted(idle)]
+
+
 def node(labels: dict[str, str] | None = None, **resources: float) -> dict:
     return {"Resources": resources, "Labels": labels or {}}
 

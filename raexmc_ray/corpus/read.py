@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,10 +16,12 @@ LAYOUTS: dict[str, Reader] = {
     "labels.parquet": parquet.read,
     "raw/Y.txt": raw_text.read,
 }
+logger = logging.getLogger("raexmc_ray")
 
 
 def read_corpus(path: str | Path, fields: Sequence[str] = ("title",), holdout: float = 0.0) -> Corpus:
-    """Read the corpus in folder `path`; `fields` are the JSON fields that make up a text, in order.
+    """Read the corpus in folder `path`; `fields` are the JSON fields that make up a text, in order. A row of the other
+    layouts has one text: there, fields that were chosen are told in the log to do nothing.
 
     With `holdout` above zero that share of the training rows stands in for the test part.
 
@@ -29,6 +32,11 @@ def read_corpus(path: str | Path, fields: Sequence[str] = ("title",), holdout: f
         raise FileNotFoundError(f"no corpus folder at {folder}: set corpus.path to a folder that exists")
     for name, reader in LAYOUTS.items():
         if (folder / name).is_file():
+            if reader is not json_lines.read and tuple(fields) != ("title",):
+                logger.warning(
+                    "corpus.fields is %s, and does nothing: %s has one text a row, and no fields",
+                    list(fields), folder / name,
+                )  # fmt: skip
             corpus = reader(folder, tuple(fields))
             return corpus.hold_out(holdout) if holdout else corpus
     raise CorpusError(

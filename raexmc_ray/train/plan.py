@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,10 +11,11 @@ from raexmc_ray.cluster import refuse_unplaceable
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.objective import BLOCK_CELLS
-from raexmc_ray.recipe import Recipe
+from raexmc_ray.recipe import MiningSection, Recipe
 
 ADAM_BYTES = 16
 """A weight in float32, its gradient, and the two moments of AdamW."""
+logger = logging.getLogger("raexmc_ray")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,19 @@ def worker_bytes(encoder: TextEncoder, recipe: Recipe) -> int:
     width = 1 if settings.precision == "bfloat16" or (settings.precision == "auto" and recipe.cluster.gpu) else 2
     activations = layers * tokens * alive * hidden * (34 + 5 * heads * tokens // hidden) * width
     return weights * ADAM_BYTES + activations + texts * hidden * 4 * 4 + 12 * 4 * BLOCK_CELLS
+
+
+def warn_of_idle(mining: MiningSection) -> None:
+    """Log which settings were changed that do nothing beside the others."""
+    needed = {
+        "group": (mining.batches == "neighbours", "batches is random"),
+        "depth": (mining.labels > 0, "labels is 0"),
+        "every": (mining.on, "batches is random and labels is 0"),
+    }
+    for name, (used, why) in needed.items():
+        value = getattr(mining, name)
+        if not used and value != MiningSection.model_fields[name].default:
+            logger.warning("training.mining.%s is %s, and does nothing: training.mining.%s", name, value, why)
 
 
 def refuse(recipe: Recipe, labelled: int) -> None:

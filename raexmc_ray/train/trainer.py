@@ -32,7 +32,7 @@ from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
 from raexmc_ray.train.curves import PICTURE, draw_curves, read_curves
 from raexmc_ray.train.loop import TrainingData
-from raexmc_ray.train.plan import Plan, refuse, worker_bytes
+from raexmc_ray.train.plan import Plan, refuse, warn_of_idle, worker_bytes
 from raexmc_ray.train.tokens import tokenize_on_cluster
 from raexmc_ray.train.validate import HeldOut
 from raexmc_ray.train.worker import MARK, flatten, train_worker
@@ -58,6 +58,7 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
     target = encoder_folder(recipe, key)
     if (target / DONE).size() is not None:
         return target
+    warn_of_idle(recipe.training.mining)
     refuse(recipe, count_trained(recipe, corpus))
     run = run_folder(recipe, key)
     with _alone(run):
