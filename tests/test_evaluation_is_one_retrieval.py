@@ -165,6 +165,16 @@ def test_what_is_saved_is_read_back_and_nothing_else_stays(measured: Measured, t
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_copy_of_the_json_keeps_its_rows(measured: Measured, tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    measured.save(folder)
+    (folder / "before.json").write((folder / "evaluation.json").read())
+    for changed in (1, 2):
+        Measured(measured.evaluation, measured.rows, {"both/P@1": changed * measured.figures["both/P@1"]}).save(folder)
+    assert np.array_equal(load(folder / "before.json").figures["both/P@1"], measured.figures["both/P@1"])
+    assert len(list(tmp_path.iterdir())) == 4, "the rows in between are gone"
+
+
 def test_what_is_torn_foreign_or_too_new_is_refused_by_name(measured: Measured, tmp_path: Path) -> None:
     file = Folder.at(tmp_path) / "evaluation.json"
     with pytest.raises(FileNotFoundError, match="raexmc evaluate"):

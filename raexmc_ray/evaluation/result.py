@@ -121,7 +121,8 @@ class Measured:
         return self.evaluation.table
 
     def save(self, folder: Folder, name: str = EVALUATION) -> Evaluation:
-        """Write both files into `folder`, and remove the rows that the JSON named before; gives what was written."""
+        """Write both files into `folder`, and remove the rows that the JSON named before, unless another JSON there
+        names them, too: a copy of it. Gives what was written."""
         file = folder / name
         before = None if file.size() is None else _rows_named(file)
         columns = {ROW: pa.array(self.rows)} | {name: pa.array(values) for name, values in self.figures.items()}
@@ -132,7 +133,7 @@ class Measured:
         (folder / rows.name).write(sink.getvalue())
         written = self.evaluation.model_copy(update={"rows": rows})
         file.write(written.model_dump_json(indent=2, by_alias=True).encode() + b"\n")
-        if before and before != rows.name:
+        if before and not _is_named(before, folder):
             (folder / before).remove_file()
         return written
 
@@ -176,6 +177,12 @@ def _rows_named(path: Folder) -> str | None:
     except ValueError:
         return None
     return rows.name if rows else None
+
+
+def _is_named(rows: str, folder: Folder) -> bool:
+    """Whether a JSON in `folder` names these rows."""
+    files = (folder / name for name in folder.names() if name.endswith(".json"))
+    return any(rows.encode() in file.read() for file in files if file.size())
 
 
 def format_table(table: Mapping[str, Mapping[str, float]], names: Sequence[str] | None = None) -> str:
