@@ -20,7 +20,7 @@ from raexmc_ray.corpus import Corpus, Split, read_corpus
 from raexmc_ray.corpus.types import pair_matrix
 from raexmc_ray.evaluation import evaluate, predictions
 from raexmc_ray.evaluation.compare import compare
-from raexmc_ray.evaluation.predictions import Written, by_row, evaluate_predictions
+from raexmc_ray.evaluation.predictions import PredictedRows, by_row, evaluate_predictions
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.predict import aggregate
@@ -122,7 +122,7 @@ def test_rows_with_fewer_predictions_than_were_asked_for_are_whole(corpus: Corpu
     assert 0 < figures["R@100"] == figures["R@10"]
 
 
-def written(rng: np.random.Generator, rows: int, labels: int, k: int, fewer: bool) -> tuple[Written, Corpus]:
+def written(rng: np.random.Generator, rows: int, labels: int, k: int, fewer: bool) -> tuple[PredictedRows, Corpus]:
     """Predictions in another order than that of the test rows, k a row or with `fewer` some less; their corpus, in
     which a third of all pairs are filter pairs."""
     relevance, filtered = random_relevance(rng, rows, labels), random_relevance(rng, rows, labels)
@@ -133,7 +133,7 @@ def written(rng: np.random.Generator, rows: int, labels: int, k: int, fewer: boo
     ids = test.texts["uid"].take(rng.permutation(rows)).combine_chunks().cast(pa.large_string())
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     flat = np.concatenate(predicted).astype(np.int32)
-    files = Written(ids, flat, offsets, np.zeros(rows, int), ["a"], k, None, None)
+    files = PredictedRows(ids, flat, offsets, np.zeros(rows, int), ["a"], k, None, None)
     return files, Corpus(whole.train, test, whole.labels)
 
 

@@ -29,8 +29,8 @@ logger = logging.getLogger("raexmc_ray")
 
 
 @dataclass(frozen=True)
-class Written:
-    """Predictions as they are in their files.
+class PredictedRows:
+    """The rows of files of predictions.
 
     ids: strings, one a row. labels: int32, of all rows one after the other, the best first; offsets: int64.
     files: the file of each row, as a place in `names`. k: labels asked for; a row with fewer has no more.
@@ -82,7 +82,7 @@ def evaluate_predictions(
     )
 
 
-def read_predictions(folder: Folder, L: int) -> Written:
+def read_predictions(folder: Folder, L: int) -> PredictedRows:
     """All predictions under a folder, of L labels, in the order of the files' paths. Raises FileNotFoundError,
     ValueError."""
     selector = pafs.FileSelector(folder.path, recursive=True, allow_not_found=True)
@@ -107,7 +107,7 @@ def read_predictions(folder: Folder, L: int) -> Written:
     ids, labels, lengths_of_parts = zip(*parts, strict=True)
     lengths = np.concatenate(lengths_of_parts)
     read = PredictionSection.model_validate_json(settings) if settings else None
-    return Written(
+    return PredictedRows(
         pa.concat_arrays(ids),
         np.concatenate(labels),
         np.concatenate([[0], np.cumsum(lengths)]),
@@ -151,7 +151,7 @@ def _said(metadata: dict[bytes, bytes]) -> tuple[str | None, str | None]:
     return prediction.model_dump_json(by_alias=True), snapshot.decode() if snapshot else None
 
 
-def by_row(written: Written, corpus: Corpus) -> tuple[np.ndarray, int]:
+def by_row(written: PredictedRows, corpus: Corpus) -> tuple[np.ndarray, int]:
     """(int32 [B, depth], the labels of each test row less its filter pairs, −1 for none; depth). Raises ValueError."""
     row, filtered = _test_rows(written, corpus), corpus.test.filtered
     lengths = np.diff(written.offsets)
@@ -178,7 +178,7 @@ def by_row(written: Written, corpus: Corpus) -> tuple[np.ndarray, int]:
     return predicted[:, :depth], depth
 
 
-def _test_rows(written: Written, corpus: Corpus) -> np.ndarray:
+def _test_rows(written: PredictedRows, corpus: Corpus) -> np.ndarray:
     """int64: the test row of each written row. Raises ValueError unless it is one to one."""
     uids = corpus.test.texts["uid"].combine_chunks().cast(pa.large_string())
     if len(uids.unique()) < len(uids):
