@@ -24,6 +24,16 @@ CORPUS = ROOT / "examples/debian-related"
 TRAIN_ROWS, TEST_ROWS = 240, 40
 
 
+@pytest.fixture(autouse=True)
+def _as_many_threads_as_before() -> Iterator[None]:
+    """An encoder that encodes in threads of its own leaves torch with one for each operation, in the whole process."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def _head(name: str, rows: int) -> list[dict]:
     with gzip.open(CORPUS / name, "rt", encoding="utf-8") as file:
         return [json.loads(next(file)) for _ in range(rows)]

@@ -40,11 +40,9 @@ def test_files_become_embeddings(ray_cluster: str, tmp_path: Path) -> None:
     assert ids["id"].to_pylist() == [f"p{i}" for i in range(8000)] + [f"j{i}" for i in range(8000, 9000)]
     vectors = np.concatenate(list(done.of_shard(0)))
     # In bfloat16 where the CPU can, so rounding follows from the batch: the same units, the same numbers.
-    threads = torch.get_num_threads()
     encoder = use_hardware(TextEncoder.load(MODEL, layers=1, max_tokens=16), 1, keys=True)
     starts = range(0, len(texts), embed.UNIT_KEYS)
     expected = np.concatenate([encoder.encode(texts[start : start + embed.UNIT_KEYS]) for start in starts])
-    torch.set_num_threads(threads)
     assert np.allclose(vectors, expected, atol=1e-5)
     assert (vectors * tiny_encoder().encode(texts)).sum(1).min() > 0.9999, "near float32's, in these rows"
     assert np.array_equal(done.take(np.array([3, 900, 8999])), vectors[[3, 900, 8999]])
