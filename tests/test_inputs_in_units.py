@@ -199,6 +199,17 @@ def test_a_file_to_which_several_links_lead_is_read_once(tmp_path: Path) -> None
     assert names("in/z", "away") == names("away", "in/z") == ["away/b.txt", "away/deep/c.txt"]
 
 
+@pytest.mark.timeout(60)
+def test_a_glob_ends_where_links_lead_back_up(tmp_path: Path) -> None:
+    (tmp_path / "in/real").mkdir(parents=True)
+    (tmp_path / "in/real/a.txt").write_text("vim\n")
+    for link in "bcd":
+        (tmp_path / "in/real" / link).symlink_to("..")
+    assert [str(file) for file in find_inputs([f"{tmp_path}/in/**/*.txt"])] == [f"{tmp_path}/in/real/a.txt"]
+    spelled = f"{tmp_path}/in/real/b/real/a.txt"
+    assert [str(file) for file in find_inputs([f"{tmp_path}/in/**/b/real/*.txt"])] == [spelled]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.fs as pafs
@@ -68,13 +69,16 @@ class Written:
 
 
 class _Lister(ArrowFSWrapper):
-    """Passes over no folder that it cannot list, where the pattern leads there: rows would be missing in silence."""
+    """Passes over no folder that it cannot list, where the pattern leads there: rows would be missing in silence. `**`
+    follows a link that leads back up once, not round and round."""
 
     def glob(self, path: str, *args: Any, **kwargs: Any) -> Any:
         self._pattern = path.strip("/").split("/")
         return super().glob(path, *args, **kwargs)
 
     def ls(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        if "**" in self._pattern and self._comes_round(path):
+            return []
         try:
             return super().ls(path, *args, **kwargs)
         except FileNotFoundError:
@@ -84,6 +88,12 @@ class _Lister(ArrowFSWrapper):
             if any("**" in wanted for _, wanted in leading) or all(fnmatchcase(*pair) for pair in leading):
                 raise ValueError(f"{path}: cannot be listed: {error}") from None
             raise
+
+    def _comes_round(self, path: str) -> bool:
+        """Whether the way to a folder of this machine has been through the same one twice."""
+        if not isinstance(self.fs, pafs.LocalFileSystem):
+            return False
+        return [os.path.realpath(above) for above in Path(path).parents].count(os.path.realpath(path)) > 1
 
 
 def find_inputs(inputs: Sequence[str], written: Written | None = None) -> list[InputFile]:
