@@ -143,6 +143,31 @@ def test_a_query_looks_into_as_many_lists_of_a_factory_string_as_are_asked_for(t
     assert IndexSpec.of(MemorySection(index="factory:IVF4096,Flat"), 4000, 64).sample == SAMPLE_PER_LIST * 4096
 
 
+@pytest.mark.parametrize(
+    "string", ["PCA32,Flat", "OPQ8_32,IVF16,PQ8x4fs", "IVF16,SQ8,RFlat", "PCA32,IVF16,SQ8,RFlat", "HNSW16"]
+)
+def test_a_factory_string_finds_instances_and_labels_apart(tmp_path: Path, string: str) -> None:
+    keys, instances = clustered(np.random.default_rng(0), 2000, 64, 40), 1200
+    memory = memory_of(keys, instances, 2, MemorySection(index=f"factory:{string}"), tmp_path)
+    everything = memory.search(keys[::50], Neighbours(joint=2000)).key_ids_Bb
+    for first, stop, neighbours in (
+        (0, instances, Neighbours(instances=30, labels=0)),
+        (instances, 2000, Neighbours(instances=0, labels=30)),
+    ):
+        found = memory.search(keys[::50], neighbours).key_ids_Bb
+        assert ((found >= first) & (found < stop)).all(), "of the kind that was asked for"
+        best = [row[(row >= first) & (row < stop)][:30] for row in everything]
+        assert np.mean([np.isin(got, want).mean() for got, want in zip(found, best, strict=True)]) > 0.8
+
+
+@pytest.mark.parametrize("string", ["PQ8x4", "PCA32,PQ8x4fs", "PQ8x4fs,RFlat"])
+def test_one_that_cannot_is_refused_before_a_shard_is_built(tmp_path: Path, string: str) -> None:
+    keys = unit_rows(np.random.default_rng(0), 700, 64)
+    with pytest.raises(ValueError, match=rf"memory\.index is 'factory:{string}': FAISS cannot search .* IVF"):
+        memory_of(keys, 400, 2, MemorySection(index=f"factory:{string}"), tmp_path)
+    assert not list(tmp_path.rglob("index.faiss"))
+
+
 def test_a_quantizer_travels_to_other_processes(tmp_path: Path) -> None:
     keys = unit_rows(np.random.default_rng(0), 300, 16)
     quantizer = publish_keys(

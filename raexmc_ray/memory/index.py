@@ -134,7 +134,8 @@ class Lists:
 def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
     """An empty FAISS index of this kind, trained on a sample of the whole memory: float32 [n, d], of unit length.
 
-    From a fixed seed, so that the same sample gives the same index.
+    From a fixed seed, so that the same sample gives the same index. Raises ValueError for a factory string whose index
+    cannot be searched for some of its keys.
     """
     d, metric = spec.dimension, faiss.METRIC_INNER_PRODUCT
     fp16 = faiss.ScalarQuantizer.QT_fp16
@@ -152,7 +153,20 @@ def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
         index = _inverted_lists(spec, sample_ND)
     if not index.is_trained:
         index.train(_enough(sample_ND, 256))
+    if spec.kind.startswith(FACTORY):
+        _refuse_without_ranges(index, spec.kind)
     return index
+
+
+def _refuse_without_ranges(index: Any, kind: str) -> None:
+    """Raise ValueError where FAISS cannot search some keys of an index alone; it must be trained to find out."""
+    try:
+        index.search(np.eye(1, index.d, dtype=np.float32), 1, params=_selecting(index, {"sel": faiss.IDSelectorAll()}))
+    except RuntimeError as error:
+        raise ValueError(
+            f"memory.index is {kind!r}: FAISS cannot search it for instances or labels alone ({_reason(error)}): "
+            "take one of IVF…, Flat, SQ… or HNSW…, alone or with OPQ…, PCA… or RFlat around it"
+        ) from None
 
 
 def _from_factory(kind: str, dimension: int) -> Any:
@@ -373,11 +387,7 @@ class ShardIndex:
         """What FAISS wants to hear beside the queries: each family of indexes has a class of its own for it."""
         if self.spec.kind == "hnsw":
             return _faiss.SearchParametersHNSW(efSearch=max(self.spec.probes, 2 * width), **select)
-        if not select:
-            return None
-        if isinstance(self._index, faiss.IndexIVF):  # of a factory string
-            return _faiss.SearchParametersIVF(nprobe=self._index.nprobe, **select)
-        return _faiss.SearchParameters(**select)
+        return _selecting(self._index, select) if select else None
 
     def _rescored(self, queries_BD: np.ndarray, positions_Bw: np.ndarray) -> np.ndarray:
         """float32 [B, w]: inner products with the keys kept for it; float64 rounded once where they are float32."""
@@ -401,6 +411,19 @@ class ShardIndex:
         rows_N = self._keys_ND.view(f"V{self._keys_ND.strides[0]}")[:, 0]
         taken_Bw = np.take(rows_N, positions_Bw, mode="clip")
         return taken_Bw.view(self._keys_ND.dtype).reshape(*positions_Bw.shape, self.spec.dimension)
+
+
+def _selecting(index: Any, select: dict[str, Any]) -> Any:
+    """Parameters for a search of some keys; those of an index that a factory string puts around another hold its."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        inner = _selecting(index.base_index, select)
+        return _faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _selecting(index.index, select)  # it hands them on
+    if isinstance(index, faiss.IndexIVF):
+        return _faiss.SearchParametersIVF(nprobe=index.nprobe, **select)
+    return _faiss.SearchParameters(**select)
 
 
 def _in_float64(keys_BwD: np.ndarray, queries_BD: np.ndarray) -> np.ndarray:
