@@ -90,9 +90,14 @@ def aggregate(
         at = np.searchsorted(cells, excluded)  # the first of its cells, which has the score
         at, excluded = at[at < len(cells)], excluded[at < len(cells)]
         scores_BW.ravel()[at[cells[at] == excluded]] = 0
-    # Sorted are only the cells that a partition leaves in question. A score of 0 is none.
-    least_B1 = np.partition(scores_BW, W - k, axis=1)[:, W - k, None] if k < W else np.float32(0)
-    best = np.flatnonzero((scores_BW >= least_B1) & (scores_BW > 0))
+    # Sorted are only the cells that a partition leaves in question. A score of 0 is none: such cells get numbers of
+    # their own, for a partition of many equal ones takes ten times as long.
+    there_BW = scores_BW > 0
+    if k < W:
+        parted_BW = np.where(there_BW, scores_BW, -np.arange(W, dtype=np.float32))
+        parted_BW.partition(W - k, axis=1)
+        there_BW &= scores_BW >= parted_BW[:, W - k, None]
+    best = np.flatnonzero(there_BW)
     row, label, score = best // max(1, W), labels_BW.ravel()[best], scores_BW.ravel()[best]
     order = np.lexsort((-score, row))  # stable: labels ascend in a row
     row, label, score = row[order], label[order], score[order]
@@ -117,12 +122,15 @@ def _mass(hits: Hits, weights_Bb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     bits = b.bit_length()
     labels = 2 + int(hits.votes.max(initial=-1))
     dtype: np.dtype[Any] = np.dtype(np.uint32 if labels << bits <= 1 << 32 else np.uint64)
+    heavy = weights_Bb.ravel() > 0  # at a λ of 0 or 1, or a low τ, many hits weigh nothing
     lengths = np.diff(hits.vote_offsets)
+    votes = hits.votes if heavy.all() else hits.votes[np.repeat(heavy, lengths)]
+    lengths = lengths * heavy
     votes_B = lengths.reshape(B, b).sum(axis=1)
     places = np.repeat(np.tile(np.arange(b, dtype=dtype), B), lengths)
     packed_BW = np.full((B, votes_B.max(initial=0)), np.iinfo(dtype).max, dtype)
     is_vote_BW = np.arange(packed_BW.shape[1]) < votes_B[:, None]
-    packed_BW[is_vote_BW] = (hits.votes.astype(dtype) << dtype.type(bits)) | places
+    packed_BW[is_vote_BW] = (votes.astype(dtype) << dtype.type(bits)) | places
     packed_BW.sort(axis=1)
     labels_BW = packed_BW >> dtype.type(bits)
     weights = np.zeros((B, 1 << bits))
