@@ -35,7 +35,7 @@ def test_frozen_weights_compute_the_same(tiny_texts: list[str], precision: Preci
     assert np.abs(got - expected).max() < (1e-6 if precision == "float32" else 1e-3)
     assert frozen.fingerprint == as_it_is.fingerprint
     assert (frozen.device, frozen.precision) == (torch.device("cpu"), precision)
-    if "AVX" in torch.backends.cpu.get_cpu_capability():
+    if "AVX" in torch.backends.cpu.get_cpu_capability() and precision == "float32":  # bfloat16: not on all of them
         assert not any(isinstance(module, nn.Linear) for module in frozen.modules()), "laid out for this CPU"
 
 
