@@ -1,9 +1,9 @@
 """Weights of matrix products laid out once for this CPU's vector units.
 
 `torch.nn.Linear` hands its weights over as they lie, to be laid out at every call in bfloat16, and not at all in
-float32. An encoder that only encodes can have it done once: at 25 tokens a product then takes two thirds of the time, at
-800 five sixths of it (384 x 1536, one thread, AVX512; held to AVX2, four fifths and all of it). `torch.compile` does
-the same where it freezes a model, but for minutes and with a C++ compiler.
+float32. An encoder that only encodes can have it done once: at 25 tokens a product then takes two thirds of the time,
+at 800 five sixths of it (384 x 1536, one thread, AVX512; held to AVX2, four fifths and all of it). `torch.compile`
+does the same where it freezes a model, but for minutes and with a C++ compiler.
 """
 
 from __future__ import annotations
