@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import publish_keys, random_relevance, unit_rows
 
-from raexmc_ray.memory.index import _in_float32, _in_float32_by_torch
+from raexmc_ray.memory.index import _copy, _copy_by_torch
 from raexmc_ray.recipe import MemorySection
 
 ANSWER = """
@@ -50,7 +50,9 @@ def test_only_who_encodes_needs_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", said]).returncode == 0
 
 
-def test_both_ways_to_rescore_give_the_same_bits() -> None:
-    rng = np.random.default_rng(0)
-    keys_BwD, queries_BD = rng.normal(size=(3, 40, 96)).astype(np.float16), unit_rows(rng, 3, 96)
-    np.testing.assert_array_equal(_in_float32(keys_BwD, queries_BD), _in_float32_by_torch(keys_BwD, queries_BD))
+def test_both_ways_to_widen_keys_give_the_same_bits() -> None:
+    keys_BwD = np.random.default_rng(0).normal(size=(3, 40, 96)).astype(np.float16)
+    by_numpy, by_torch = np.empty_like(keys_BwD, np.float32), np.empty_like(keys_BwD, np.float32)
+    _copy(by_numpy, keys_BwD)
+    _copy_by_torch(by_torch, keys_BwD)
+    np.testing.assert_array_equal(by_numpy, by_torch)

@@ -36,8 +36,8 @@ INDEX, VECTORS = "index.faiss", "vectors.npy"
 SEED = 0
 SLACK = 16
 """Candidates beyond b in the first search; enough that the exact order of the best b is nearly always settled."""
-RESCORE_BYTES = 4 << 20
-"""Keys in float64 held at once while scores are made exact: about a core's cache."""
+RESCORE_BYTES = 3 << 18
+"""Keys held at once, widened, while scores are made exact: with what they are widened from, a core's cache."""
 FEW_NUMBERS = 1 << 20
 """Numbers of float16 keys up to which NumPy converts them before torch is there: a restarted shard's first answers do
 not wait a second for it."""
@@ -334,12 +334,11 @@ class ShardIndex:
             coarse, found = self._candidates(queries_BD[open_rows], width, start, stop, lists, open_rows)
             scores = coarse if self._keys_ND is None else self._rescored(queries_BD[open_rows], found)
             scores[found < 0] = -np.inf
-            order = np.lexsort((np.where(found < 0, keys, found), -scores))[:, :b]
-            best = np.take_along_axis(scores, order, 1)
+            positions, best = _best_first(scores, found, b)
             # A key that was not found scores at most `coarse[:, -1] + error`: it can neither beat nor tie.
             settled = (width == keys) | (found[:, -1] < 0) | (coarse[:, -1] + self._error < best[:, -1])
             rows = open_rows[settled]
-            positions_Bb[rows, : best.shape[1]] = np.take_along_axis(found, order, 1)[settled]
+            positions_Bb[rows, : best.shape[1]] = positions[settled]
             scores_Bb[rows, : best.shape[1]] = best[settled]
             open_rows, width = open_rows[~settled], min(4 * width, keys)
         return positions_Bb, scores_Bb
@@ -390,27 +389,30 @@ class ShardIndex:
         return _selecting(self._index, select) if select else None
 
     def _rescored(self, queries_BD: np.ndarray, positions_Bw: np.ndarray) -> np.ndarray:
-        """float32 [B, w]: inner products with the keys kept for it; float64 rounded once where they are float32."""
-        assert self._keys_ND is not None
-        inner_products = _in_float64
-        if self._keys_ND.dtype == np.float16:
-            few = positions_Bw.size * self.spec.dimension <= FEW_NUMBERS
-            inner_products = _in_float32 if few and "torch" not in sys.modules else _in_float32_by_torch
-        scores = np.empty(positions_Bw.shape, np.float32)
-        step = max(1, RESCORE_BYTES // (positions_Bw.shape[1] * self.spec.dimension * 8))
-        for first in range(0, len(queries_BD), step):
-            part = slice(first, first + step)
-            scores[part] = inner_products(self._take(positions_Bw[part]), queries_BD[part])
-        return scores
+        """float32 [B, w]: inner products with the keys kept for it; float64 rounded once where they are float32.
 
-    def _take(self, positions_Bw: np.ndarray) -> np.ndarray:
-        """Copies [B, w, d] of the keys at these positions. (−1 is sorted out later.)"""
+        (That of −1 is of any key; it is sorted out later.)
+        """
         assert self._keys_ND is not None
+        (B, w), D, kept = positions_Bw.shape, self.spec.dimension, self._keys_ND.dtype
+        halves = kept == np.float16
+        wide: np.dtype[Any] = np.dtype(np.float32 if halves else np.float64)
+        few = positions_Bw.size * D <= FEW_NUMBERS and "torch" not in sys.modules
+        widen = _copy_by_torch if halves and not few else _copy
         # As bytes: in FAISS's file the keys are not aligned, and NumPy would copy all of them before it takes some.
-        # With "clip", `take` copies whole rows, four times as fast as an index does.
         rows_N = self._keys_ND.view(f"V{self._keys_ND.strides[0]}")[:, 0]
-        taken_Bw = np.take(rows_N, positions_Bw, mode="clip")
-        return taken_Bw.view(self._keys_ND.dtype).reshape(*positions_Bw.shape, self.spec.dimension)
+        step = max(1, min(B, RESCORE_BYTES // (w * D * wide.itemsize)))
+        # The same memory for all steps: fresh memory would be cleared by the kernel each time, which takes longer than
+        # all the rest.
+        taken_sw, keys_swD = np.empty((step, w), rows_N.dtype), np.empty((step, w, D), wide)
+        queries_BD1, scores_Bw = queries_BD.astype(wide)[:, :, None], np.empty((B, w), np.float32)
+        for first in range(0, B, step):
+            n, part = min(step, B - first), slice(first, first + step)
+            # With "clip", `take` copies whole rows, four times as fast as an index does.
+            np.take(rows_N, positions_Bw[part], mode="clip", out=taken_sw[:n])
+            widen(keys_swD[:n], taken_sw[:n].view(kept).reshape(n, w, D))
+            scores_Bw[part] = np.matmul(keys_swD[:n], queries_BD1[part])[:, :, 0]
+        return scores_Bw
 
 
 def _selecting(index: Any, select: dict[str, Any]) -> Any:
@@ -426,18 +428,31 @@ def _selecting(index: Any, select: dict[str, Any]) -> Any:
     return _faiss.SearchParameters(**select)
 
 
-def _in_float64(keys_BwD: np.ndarray, queries_BD: np.ndarray) -> np.ndarray:
-    return np.matmul(keys_BwD.astype(np.float64), queries_BD.astype(np.float64)[:, :, None])[:, :, 0]
+def _best_first(scores_Bw: np.ndarray, positions_Bw: np.ndarray, b: int) -> tuple[np.ndarray, np.ndarray]:
+    """(positions, scores) [B, b]: the best b of each row by (score descending, position ascending), −1 and −∞ last.
+
+    A score and a position are one integer, so that a sort of numbers orders both.
+    """
+    bits = (scores_Bw + np.float32(0)).view(np.uint32)  # −0.0 is 0.0
+    ascending = bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # as the floats are
+    packed = (~ascending).astype(np.uint64) << np.uint64(32) | (positions_Bw & 0xFFFFFFFF).astype(np.uint64)
+    packed.sort(axis=1)
+    best = packed[:, :b]
+    ascending = ~(best >> np.uint64(32)).astype(np.uint32)
+    bits = ascending ^ np.where(ascending >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
+    positions = (best & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    scores = bits.view(np.float32)
+    return np.where(scores == -np.inf, -1, positions), scores
 
 
-def _in_float32(keys_BwD: np.ndarray, queries_BD: np.ndarray) -> np.ndarray:
-    return np.matmul(keys_BwD.astype(np.float32), queries_BD[:, :, None])[:, :, 0]
+def _copy(to: np.ndarray, keys: np.ndarray) -> None:
+    to[...] = keys
 
 
-def _in_float32_by_torch(keys_BwD: np.ndarray, queries_BD: np.ndarray) -> np.ndarray:
+def _copy_by_torch(to: np.ndarray, keys: np.ndarray) -> None:
     import torch  # it converts float16 at six times NumPy's speed; shards of other kinds open without it
 
-    return np.matmul(torch.from_numpy(keys_BwD).float().numpy(), queries_BD[:, :, None])[:, :, 0]
+    torch.from_numpy(to).copy_(torch.from_numpy(keys))
 
 
 def use_threads(threads: int) -> None:
