@@ -402,8 +402,7 @@ class ShardIndex:
         # As bytes: in FAISS's file the keys are not aligned, and NumPy would copy all of them before it takes some.
         rows_N = self._keys_ND.view(f"V{self._keys_ND.strides[0]}")[:, 0]
         step = max(1, min(B, RESCORE_BYTES // (w * D * wide.itemsize)))
-        # The same memory for all steps: fresh memory would be cleared by the kernel each time, which takes longer than
-        # all the rest.
+        # The same memory for all steps: the kernel clears fresh memory first, which takes longer than to read the keys.
         taken_sw, keys_swD = np.empty((step, w), rows_N.dtype), np.empty((step, w, D), wide)
         queries_BD1, scores_Bw = queries_BD.astype(wide)[:, :, None], np.empty((B, w), np.float32)
         for first in range(0, B, step):
@@ -431,18 +430,20 @@ def _selecting(index: Any, select: dict[str, Any]) -> Any:
 def _best_first(scores_Bw: np.ndarray, positions_Bw: np.ndarray, b: int) -> tuple[np.ndarray, np.ndarray]:
     """(positions, scores) [B, b]: the best b of each row by (score descending, position ascending), −1 and −∞ last.
 
-    A score and a position are one integer, so that a sort of numbers orders both.
+    A score (float32) and a position (below 2³²) are one integer, so that a sort of numbers orders both.
     """
-    bits = (scores_Bw + np.float32(0)).view(np.uint32)  # −0.0 is 0.0
-    ascending = bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # as the floats are
-    packed = (~ascending).astype(np.uint64) << np.uint64(32) | (positions_Bw & 0xFFFFFFFF).astype(np.uint64)
-    packed.sort(axis=1)
-    best = packed[:, :b]
-    ascending = ~(best >> np.uint64(32)).astype(np.uint32)
-    bits = ascending ^ np.where(ascending >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
-    positions = (best & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    scores = bits.view(np.float32)
-    return np.where(scores == -np.inf, -1, positions), scores
+    upper = _turned((scores_Bw + np.float32(0)).view(np.uint32)).astype(np.uint64)  # −0.0 is 0.0
+    packed_Bw = upper << np.uint64(32) | (positions_Bw & 0xFFFFFFFF).astype(np.uint64)
+    packed_Bw.sort(axis=1)
+    best_Bb = packed_Bw[:, :b]
+    scores_Bb = _turned((best_Bb >> np.uint64(32)).astype(np.uint32)).view(np.float32)
+    positions_Bb = (best_Bb & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    return np.where(scores_Bb == -np.inf, -1, positions_Bb), scores_Bb
+
+
+def _turned(bits: np.ndarray) -> np.ndarray:
+    """uint32 that ascend as the float32 of these bits descend; and those bits of such numbers."""
+    return bits ^ np.where(bits >> 31, np.uint32(0), np.uint32(0x7FFFFFFF))
 
 
 def _copy(to: np.ndarray, keys: np.ndarray) -> None:
