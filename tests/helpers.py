@@ -20,7 +20,8 @@ from raexmc_ray.corpus import Corpus, Split
 from raexmc_ray.corpus.types import text_table
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder, describe_file
-from raexmc_ray.memory.index import IndexSpec, ShardIndex, build_index, train_index
+from raexmc_ray.memory.index import ShardIndex
+from raexmc_ray.memory.kinds import IndexSpec, build_index, train_index
 from raexmc_ray.memory.snapshot import MANIFEST, SEAL, TRAINED, Manifest, Snapshot, open_snapshot, publish, seal_of
 from raexmc_ray.memory.write import SnapshotPlan, key_table, sample_keys, train, write_shard
 from raexmc_ray.recipe import MemorySection, PredictionSection

@@ -12,11 +12,11 @@ import pytest
 from helpers import publish_keys, random_relevance, tied_rows, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from raexmc_ray.embed import BLOCK_UNITS, UNIT_KEYS
 from raexmc_ray.memory.hits import Hits
-from raexmc_ray.memory.index import SAMPLE_PER_LIST, IndexSpec, ShardIndex, _best_first, build_index, train_index
+from raexmc_ray.memory.index import ShardIndex
+from raexmc_ray.memory.kinds import SAMPLE_PER_LIST, IndexSpec, build_index, train_index
 from raexmc_ray.memory.plan import BLOCK_KEYS, SHARD_LIMIT, MemoryPlan, build_bytes, plan_memory, shard_bytes
 from raexmc_ray.memory.shard import LocalShards
 from raexmc_ray.recipe import INDEX_KINDS, MemorySection, Neighbours
@@ -262,20 +262,3 @@ def test_rescoring_copies_the_candidates_only(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < keys_ND.nbytes / 10
-
-
-@given(
-    arrays(np.float32, (3, 40), elements=st.sampled_from([-1.0, -0.5, -0.0, 0.0, 1e-45, 0.25, 0.2500001, 1.0])),
-    st.integers(39, 2**32 - 1),
-    st.integers(0, 39),
-    st.integers(1, 40),
-)
-def test_scores_and_positions_are_ordered_together(scores: np.ndarray, last: int, missing: int, b: int) -> None:
-    """As `np.lexsort` orders them: scores of both signs, ties by position, what was not found at the end."""
-    rng = np.random.default_rng(0)
-    positions, scores = np.stack([last - rng.permutation(40) for _ in range(3)]), scores.copy()
-    scores[:, 40 - missing :], positions[:, 40 - missing :] = -np.inf, -1
-    order = np.lexsort((np.where(positions < 0, 2**40, positions), -scores))[:, :b]
-    found, best = _best_first(scores, positions, b)
-    np.testing.assert_array_equal(found, np.take_along_axis(positions, order, 1))
-    np.testing.assert_array_equal(best, np.take_along_axis(scores, order, 1))

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from raexmc_ray.ragged import ragged_places, rank_in_row
+from raexmc_ray.memory.order import best_columns
+from raexmc_ray.ragged import ragged_places
 from raexmc_ray.recipe import Neighbours
 
 
@@ -124,67 +125,43 @@ def merge_hits(parts: Sequence[Hits], neighbours: Neighbours) -> Hits:
     key_ids = np.concatenate([part.key_ids_Bb for part in parts], axis=1)
     scores = np.concatenate([part.scores_Bb for part in parts], axis=1)
     is_label = np.concatenate([part.is_label_Bb for part in parts], axis=1)
-    found = key_ids >= 0
     if neighbours.joint is not None:
-        width, best = neighbours.joint, best_cells(scores, key_ids, found, neighbours.joint)
+        width = neighbours.joint
+        columns = best_columns(scores, key_ids, width)
+        scores_Bn = np.take_along_axis(scores, columns, 1)
     else:
         instances, labels = neighbours.instances or 0, neighbours.labels or 0
         width = instances + labels
-        apart = [best_cells(scores, key_ids, found & ~is_label, instances)]
-        apart.append(best_cells(scores, key_ids, found & is_label, labels))
-        best = np.sort(np.concatenate(apart))
-    B, W = key_ids.shape
-    keys_Bb, scores_Bb = np.full((B, width), np.iinfo(np.int64).max), np.full((B, width), -np.inf, np.float32)
-    cells_Bb, lengths_Bb = np.full((B, width), -1, np.int64), np.zeros((B, width), np.int64)
-    row = best // max(1, W)
-    place = row, rank_in_row(row)
-    cells_Bb[place], keys_Bb[place], scores_Bb[place] = best, key_ids.ravel()[best], scores.ravel()[best]
-    order_Bb = np.lexsort((keys_Bb, -scores_Bb))  # row by row: what is missing comes last
-    cells_Bb, keys_Bb, scores_Bb = (np.take_along_axis(a, order_Bb, 1) for a in (cells_Bb, keys_Bb, scores_Bb))
-    there_Bb = cells_Bb >= 0
-    keys_Bb[~there_Bb] = -1
-    is_label_Bb = np.zeros((B, width), bool)
-    is_label_Bb[there_Bb] = is_label.ravel()[cells_Bb[there_Bb]]
-    votes, lengths_Bb[there_Bb] = _votes_of(parts, *np.divmod(cells_Bb[there_Bb], max(1, W)))
-    offsets = np.concatenate([[0], np.cumsum(lengths_Bb)])
-    return Hits(keys_Bb, scores_Bb, is_label_Bb, votes, offsets, parts[0].snapshot)
-
-
-def best_cells(scores: np.ndarray, ids: np.ndarray, valid: np.ndarray, limit: int) -> np.ndarray:
-    """Flat places, row by row and in no order within a row, of the best `limit` valid cells of each row of [B, W]
-    arrays: by (cosine descending, id ascending). Sorted are only the cells that a partition leaves in question."""
-    B, W = scores.shape
-    if not limit or not W:
-        return np.empty(0, np.int64)
-    if limit < W:
-        # Below any cosine, and each its own: a partition of many equal numbers takes ten times as long.
-        parted = np.where(valid, scores, np.float32(-2) - np.arange(W, dtype=np.float32))
-        parted.partition(W - limit, axis=1)
-        valid = valid & (scores >= parted[:, W - limit, None])
-    cells = np.flatnonzero(valid)
-    counts = np.bincount(cells // W, minlength=B)
-    crowded = np.flatnonzero(counts > limit)  # rows in which several cells tie for the last place
-    if not len(crowded):
-        return cells
-    row = cells // W
-    in_question = np.isin(row, crowded)
-    questioned, row = cells[in_question], row[in_question]
-    order = np.lexsort((ids.ravel()[questioned], -scores.ravel()[questioned], row))
-    rank = rank_in_row(row)  # `row` is sorted, and the same in this order
-    return np.sort(np.concatenate([cells[~in_question], questioned[order][rank < limit]]))
-
-
-def _votes_of(parts: Sequence[Hits], row: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(votes of the hits at these places of the parts side by side, one after the other, and their numbers)."""
-    first_vote = np.cumsum([0] + [len(part.votes) for part in parts[:-1]])
-    width = [part.key_ids_Bb.shape[1] for part in parts]
-    first_cell = np.cumsum([0, *width])
-    starts, lengths = np.empty(len(row), np.int64), np.empty(len(row), np.int64)
-    of_part = np.searchsorted(first_cell, cell, side="right") - 1
-    for i, part in enumerate(parts):
-        mine = np.flatnonzero(of_part == i)
-        places = row[mine] * width[i] + cell[mine] - first_cell[i]
-        starts[mine] = part.vote_offsets[places] + first_vote[i]
-        lengths[mine] = part.vote_offsets[places + 1] - part.vote_offsets[places]
+        apart = []
+        for of_kind, limit in ((~is_label, instances), (is_label, labels)):
+            of_kind_scores = np.where(of_kind, scores, np.float32(-np.inf))
+            best = best_columns(of_kind_scores, key_ids, limit)
+            apart.append((best, np.take_along_axis(of_kind_scores, best, 1)))
+        columns, scores_Bn = (np.concatenate(arrays, axis=1) for arrays in zip(*apart, strict=True))
+        order = best_columns(scores_Bn, np.take_along_axis(key_ids, columns, 1), width)
+        columns, scores_Bn = np.take_along_axis(columns, order, 1), np.take_along_axis(scores_Bn, order, 1)
+    B, n = scores_Bn.shape
+    found = scores_Bn > -np.inf
+    keys_Bb, scores_Bb = np.full((B, width), -1, np.int64), np.full((B, width), -np.inf, np.float32)
+    is_label_Bb, lengths_Bb = np.zeros((B, width), bool), np.zeros((B, width), np.int64)
+    scores_Bb[:, :n] = scores_Bn
+    keys_Bb[:, :n] = np.where(found, np.take_along_axis(key_ids, columns, 1), -1)
+    is_label_Bb[:, :n] = np.take_along_axis(is_label, columns, 1) & found
+    starts, lengths = _vote_places(parts)
+    lengths_Bb[:, :n] = np.take_along_axis(lengths, columns, 1) * found
+    places = ragged_places(np.take_along_axis(starts, columns, 1).ravel(), lengths_Bb[:, :n].ravel())
     votes = np.concatenate([part.votes for part in parts]) if len(parts) > 1 else parts[0].votes
-    return np.take(votes, ragged_places(starts, lengths), mode="clip"), lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths_Bb)])
+    return Hits(keys_Bb, scores_Bb, is_label_Bb, np.take(votes, places, mode="clip"), offsets, parts[0].snapshot)
+
+
+def _vote_places(parts: Sequence[Hits]) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [B, columns of all parts side by side]: where each hit's votes begin in the votes of all parts, one part
+    after the other, and how many they are."""
+    starts, lengths, first = [], [], 0
+    for part in parts:
+        shape = part.key_ids_Bb.shape
+        starts.append(part.vote_offsets[:-1].reshape(shape) + first)
+        lengths.append(np.diff(part.vote_offsets).reshape(shape))
+        first += len(part.votes)
+    return np.concatenate(starts, axis=1), np.concatenate(lengths, axis=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from raexmc_ray.memory.index import FACTORY, GRAPH_LINKS, KMEANS_ROUNDS, IndexSpec
+from raexmc_ray.memory.kinds import FACTORY, GRAPH_LINKS, KMEANS_ROUNDS, IndexSpec
 from raexmc_ray.recipe import MemorySection
 
 ID_BYTES = 8

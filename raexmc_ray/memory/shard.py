@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from raexmc_ray.memory.hits import Hits, merge_hits, search_all
-from raexmc_ray.memory.index import INDEX, VECTORS, Lists, ShardIndex
+from raexmc_ray.memory.index import Lists, ShardIndex
+from raexmc_ray.memory.kinds import INDEX, VECTORS
 from raexmc_ray.memory.snapshot import Snapshot, SnapshotError, shard_file
 from raexmc_ray.ragged import ragged_take
 from raexmc_ray.recipe import Neighbours

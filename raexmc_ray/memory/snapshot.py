@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raexmc_ray.files import FileEntry, Folder, Scratch
-from raexmc_ray.memory.index import INDEX, VECTORS, CoarseQuantizer, IndexSpec, open_quantizer
+from raexmc_ray.memory.index import CoarseQuantizer, open_quantizer
+from raexmc_ray.memory.kinds import INDEX, VECTORS, IndexSpec
 from raexmc_ray.recipe import PredictionSection
 
 if TYPE_CHECKING:

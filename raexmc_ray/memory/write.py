@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.files import FileEntry, Folder, describe_file
 from raexmc_ray.lexical import Lexical
-from raexmc_ray.memory.index import INDEX, VECTORS, IndexSpec, build_index, train_index
+from raexmc_ray.memory.kinds import INDEX, VECTORS, IndexSpec, build_index, train_index
 from raexmc_ray.memory.shard import INSTANCE, KEYS, LABEL
 from raexmc_ray.memory.snapshot import (
     ENCODER,

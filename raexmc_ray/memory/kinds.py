@@ -1,0 +1,251 @@
+"""The kinds of index that a shard may have: what each needs, how it is trained, and how it is filled.
+
+    flat        every key, float32: the exact reference
+    flat-fp16   every key, float16: half the bytes
+    flat-sq8    every key, a byte a number
+    ivf-fp16    keys in inverted lists by a coarse quantiser, float16; a query looks into the nearest lists only
+    ivf-pq      the same with 4-bit product codes, and the best of them rescored from float16 keys
+    hnsw        a graph of neighbours over float16 keys, one for each shard
+    factory:S   whatever FAISS's index factory makes of S
+
+All but hnsw see the same keys whatever the number of shards: what is trained (quantiser, codebooks) is trained
+once on a sample of the whole memory, and shared. `index.py` searches them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import faiss
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from raexmc_ray.recipe import MemorySection
+
+_faiss: Any = faiss
+"""For its classes whose constructors are made in Python, which no type checker sees."""
+FACTORY = "factory:"
+INDEX, VECTORS = "index.faiss", "vectors.npy"
+SEED = 0
+SAMPLE_PER_LIST, SAMPLE_LEAST = 64, 16384
+"""Keys that a quantiser is trained on: so many for each list, and so many at least."""
+KMEANS_ROUNDS = 10
+GRAPH_LINKS = 32
+"""Links of a key in an hnsw graph (M)."""
+
+
+class IndexSpec(BaseModel):
+    """A kind of index with its sizes settled."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    kind: str
+    """flat, flat-fp16, flat-sq8, ivf-fp16, ivf-pq, hnsw, or factory:STRING."""
+    dimension: int
+    """d: numbers in a key."""
+    lists: int = 0
+    """Inverted lists of the coarse quantiser; 0 where the kind has none."""
+    probes: int = 0
+    """Lists that a query looks into, those of a factory string too (of an hnsw graph: keys on its search front)."""
+
+    @classmethod
+    def of(cls, section: MemorySection, keys: int, dimension: int) -> Self:
+        """What a recipe's section asks for, at this number of keys: about 2√keys lists unless they are given, and
+        1 in 32 of them probed, but 32 at least. Raises ValueError for a factory string that FAISS does not know, and
+        for probes where it has no inverted lists."""
+        kind = section.index
+
+        def probes(lists: int) -> int:
+            return min(section.probes or max(32, lists // 32), lists)
+
+        if kind.startswith("ivf"):
+            lists = section.lists or 2 ** round(math.log2(max(1.0, 2 * math.sqrt(keys))))
+            lists = min(lists, max(1, keys))
+            return cls(kind=kind, dimension=dimension, lists=lists, probes=probes(lists))
+        if kind.startswith(FACTORY):
+            index = _from_factory(kind, dimension)
+            inverted = _faiss.try_extract_index_ivf(index)  # a part of `index`
+            if inverted is None and section.probes:
+                raise ValueError(f"memory.probes is {section.probes}, and {kind} has no inverted lists: leave it out")
+            return cls(kind=kind, dimension=dimension, probes=probes(inverted.nlist) if inverted else 0)
+        return cls(kind=kind, dimension=dimension, probes=section.probes or (128 if kind == "hnsw" else 0))
+
+    @property
+    def sample(self) -> int:
+        """Keys to train on; 0 where there is nothing to train."""
+        if self.kind in ("flat", "flat-fp16", "hnsw"):
+            return 0
+        lists = self.lists
+        if self.kind.startswith(FACTORY):
+            inverted = _faiss.try_extract_index_ivf(_from_factory(self.kind, self.dimension))
+            lists = inverted.nlist if inverted else 0
+        return max(SAMPLE_PER_LIST * lists, SAMPLE_LEAST)
+
+    @property
+    def subvectors(self) -> int:
+        """Parts of a key that `ivf-pq` codes with four bits each: of eight numbers, where d can be so divided."""
+        wanted = max(1, self.dimension // 8)
+        return next(parts for parts in range(wanted, 0, -1) if self.dimension % parts == 0)
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether a shard keeps its keys a second time, to rescore with."""
+        return self.kind == "ivf-pq"
+
+    @property
+    def stores_float32(self) -> bool:
+        """Whether embeddings must reach the index in float32; else half the bytes do."""
+        return self.kind == "flat" or self.kind.startswith(FACTORY)
+
+
+def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
+    """An empty FAISS index of this kind, trained on a sample of the whole memory: float32 [n, d], of unit length.
+
+    From a fixed seed, so that the same sample gives the same index. Raises ValueError for a factory string whose index
+    cannot be searched for some of its keys.
+    """
+    d, metric = spec.dimension, faiss.METRIC_INNER_PRODUCT
+    fp16 = faiss.ScalarQuantizer.QT_fp16
+    if spec.kind.startswith(FACTORY):
+        index = _from_factory(spec.kind, d)
+    elif spec.kind == "flat":
+        index = faiss.IndexFlatIP(d)
+    elif spec.kind == "flat-fp16":
+        index = faiss.IndexScalarQuantizer(d, fp16, metric)
+    elif spec.kind == "flat-sq8":
+        index = faiss.IndexScalarQuantizer(d, faiss.ScalarQuantizer.QT_8bit, metric)
+    elif spec.kind == "hnsw":
+        index = _faiss.IndexHNSWSQ(d, fp16, GRAPH_LINKS, metric)
+    else:
+        index = _inverted_lists(spec, sample_ND)
+    if not index.is_trained:
+        index.train(_enough(sample_ND, 256))
+    if spec.kind.startswith(FACTORY):
+        _refuse_without_ranges(index, spec.kind)
+    return index
+
+
+def _refuse_without_ranges(index: Any, kind: str) -> None:
+    """Raise ValueError where FAISS cannot search some keys of an index alone; it must be trained to find out."""
+    try:
+        index.search(np.eye(1, index.d, dtype=np.float32), 1, params=selecting(index, {"sel": faiss.IDSelectorAll()}))
+    except RuntimeError as error:
+        raise ValueError(
+            f"memory.index is {kind!r}: FAISS cannot search it for instances or labels alone ({_reason(error)}): "
+            "take one of IVF…, Flat, SQ… or HNSW…, alone or with OPQ…, PCA… or RFlat around it"
+        ) from None
+
+
+def _from_factory(kind: str, dimension: int) -> Any:
+    """An untrained index of a kind `factory:STRING`. Raises ValueError where FAISS does not know the string."""
+    try:
+        return faiss.index_factory(dimension, kind.removeprefix(FACTORY), faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(f"memory.index is {kind!r}: FAISS cannot make it: {_reason(error)}") from None
+
+
+def _inverted_lists(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
+    d = spec.dimension
+    settings = {"niter": KMEANS_ROUNDS, "spherical": True, "seed": SEED, "max_points_per_centroid": 1 << 30}
+    means = _faiss.Kmeans(d, spec.lists, **settings)
+    means.cp.min_points_per_centroid = 1  # no warning on standard output: we chose
+    means.train(_enough(sample_ND, spec.lists))
+    quantizer: Any = faiss.IndexFlatIP(d)
+    quantizer.add(means.centroids)
+    index: Any
+    # Keys are stored as they are, not less their centroid: then a key's score does not depend on its list.
+    if spec.kind == "ivf-fp16":
+        arguments = (faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False)
+        index = faiss.IndexIVFScalarQuantizer(quantizer, d, spec.lists, *arguments)
+    else:
+        index = faiss.IndexIVFPQFastScan(quantizer, d, spec.lists, spec.subvectors, 4, faiss.METRIC_INNER_PRODUCT)
+        index.by_residual = False
+        index.pq.cp.min_points_per_centroid = 1
+    quantizer.this.disown()  # it belongs to the index now
+    index.own_fields = True
+    return index
+
+
+def _enough(sample_ND: np.ndarray, least: int) -> np.ndarray:
+    """The sample, repeated where a small memory has fewer keys than FAISS wants to see."""
+    return np.resize(sample_ND, (least, sample_ND.shape[1])) if len(sample_ND) < least else sample_ND
+
+
+def build_index(folder: Path, trained: Any, spec: IndexSpec, rows: int, blocks: Callable[[], Iterable[Any]]) -> None:
+    """Write the index of `rows` keys into `folder`, in little more memory than it has itself.
+
+    trained: from `train_index`; it is filled. blocks: gives the keys in the order of their positions, float16 or
+    float32 [n, d] a block; it is called once, or twice for inverted lists: their sizes are counted before they
+    are filled, because lists that grow take up to twice the memory.
+    """
+    index = trained
+    if spec.kind.startswith("flat"):
+        index.codes.resize(rows * index.code_size)
+        codes = faiss.rev_swig_ptr(index.codes.data(), rows * index.code_size).reshape(rows, index.code_size)
+        for start, block_ND in _float_blocks(blocks()):
+            codes[start : start + len(block_ND)] = index.sa_encode(block_ND)
+        index.ntotal = rows
+    elif spec.kind == "ivf-fp16":
+        lists_N = np.empty(rows, np.int64)
+        for start, block_ND in _float_blocks(blocks()):
+            lists_N[start : start + len(block_ND)] = index.quantizer.search(block_ND, 1)[1][:, 0]
+        for number, size in enumerate(np.bincount(lists_N, minlength=index.nlist).tolist()):
+            index.invlists.resize(number, size)
+            index.invlists.resize(number, 0)  # what was reserved stays
+        for start, block_ND in _float_blocks(blocks()):
+            ids = np.arange(start, start + len(block_ND))
+            lists = lists_N[start : start + len(block_ND)]
+            index.add_core(len(ids), *(faiss.swig_ptr(array) for array in (block_ND, ids, lists)))
+    else:
+        vectors = None
+        if spec.has_vectors:
+            shape = (rows, spec.dimension)
+            vectors = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float16, shape)
+        for start, block_ND in _float_blocks(blocks()):
+            index.add(block_ND)
+            if vectors is not None:
+                vectors[start : start + len(block_ND)] = block_ND
+        if vectors is not None:
+            vectors.flush()
+    faiss.write_index(index, str(folder / INDEX))
+
+
+def _float_blocks(blocks: Iterable[np.ndarray]) -> Iterable[tuple[int, np.ndarray]]:
+    """(position of its first key, the block in float32, checked)."""
+    start = 0
+    for block_ND in blocks:
+        block = np.ascontiguousarray(block_ND, np.float32)
+        check_unit_rows(block, "keys", start)
+        yield start, block
+        start += len(block)
+
+
+def selecting(index: Any, select: dict[str, Any]) -> Any:
+    """Parameters for a search of some keys; those of an index that a factory string puts around another hold its."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        inner = selecting(index.base_index, select)
+        return _faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
+    if isinstance(index, faiss.IndexPreTransform):
+        return selecting(index.index, select)  # it hands them on
+    if isinstance(index, faiss.IndexIVF):
+        return _faiss.SearchParametersIVF(nprobe=index.nprobe, **select)
+    return _faiss.SearchParameters(**select)
+
+
+def check_unit_rows(rows_ND: np.ndarray, what: str, first: int = 0) -> None:
+    """Raise ValueError unless `rows_ND` is float32 [N, d] with finite rows of unit length; row 0 is called `first`."""
+    if rows_ND.ndim != 2 or rows_ND.dtype != np.float32:
+        raise ValueError(f"{what} must be float32 [rows, d]; found {rows_ND.dtype} {rows_ND.shape}")
+    squares = np.einsum("nd,nd->n", rows_ND, rows_ND)
+    wrong = ~(np.abs(squares - 1) < 1e-3)  # NaN is wrong too
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise ValueError(f"{what} must be of unit length: row {first + row} has length {squares[row] ** 0.5:.4g}")
+
+
+def _reason(error: RuntimeError) -> str:
+    """FAISS's own words, without its source lines."""
+    return str(error).rpartition(": ")[2]
