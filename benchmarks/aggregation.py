@@ -29,7 +29,7 @@ B, NEIGHBOURS, ROUNDS, K = 256, 200, 7, 100
 def main() -> None:
     memory = Folder.at(FOLDER / "ivf-pq")
     if (memory / "CURRENT").size() is None:
-        memory_scale.main()
+        memory_scale.main([])
     queries_BD = vectors(np.random.default_rng(4), cluster_centres(), B)
     searches, aggregations = [], []
     with connected(), ShardPool(memory, open_snapshot(memory), cpus=THREADS / SHARDS) as pool:
