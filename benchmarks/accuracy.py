@@ -1,8 +1,8 @@
 """How good the whole method gets on the two shipped corpora, and which step helped.
 
 Each corpus's recipe is trained on all training rows, and measured once on the test part, at the λ and τ that a small
-run of the same recipe chose on held-out rows of the same corpus. The ladder: on `debian-related`, each step is trained on 80% of the
-training rows and measured on the other 20%, each at its own best λ and τ there.
+run of the same recipe chose on held-out rows of the same corpus. The ladder: on `debian-related`, each step is trained
+on 80% of the training rows and measured on the other 20%, each at its own best λ and τ there.
 
 The best figures of the classical methods are quoted from the corpora's description: TF-IDF over instances and labels,
 and PECOS XR-Linear, each at its own best setting. Trainings that are finished are not repeated: stopped, the same
