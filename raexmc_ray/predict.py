@@ -19,6 +19,9 @@ BY_SIMILARITY = 0.05
 """A τ at which labels that only their own keys vote for stand in the order of their similarities: at far lower ones
 most have no score (a float32 says no less than 1e-45), at far higher ones near ones have the same."""
 
+BLOCK_CELLS = 1 << 22
+"""Votes, padding included, that are summed at once: of 256 queries with 200 neighbours of 80 labels."""
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -77,6 +80,21 @@ def aggregate(
     taken. allowed, blocked: labels that alone may be answered, that may not be; others' scores stay what they are.
     Sums are taken in float64 in the order of the hits, and rounded to float32 before they are ordered.
     """
+    blocks = _row_blocks(hits)
+    if len(blocks) > 1:
+        settings: dict[str, Any] = {"lambda_": lambda_, "temperature": temperature, "k": k}
+        parts = [
+            aggregate(
+                hits.rows(start, stop),
+                exclude=None if exclude is None else exclude[start:stop],
+                allowed=allowed,
+                blocked=blocked,
+                **settings,
+            )
+            for start, stop in blocks
+        ]
+        labels, scores = ([getattr(part, name) for part in parts] for name in ("labels_Bk", "scores_Bk"))
+        return Predictions(np.concatenate(labels), np.concatenate(scores))
     labels_BW, scores_BW = _mass(hits, weigh(hits, lambda_, temperature))
     B, W = scores_BW.shape
     if allowed is not None:
@@ -108,6 +126,22 @@ def aggregate(
     labels_Bk[row[top], rank[top]] = label[top]
     scores_Bk[row[top], rank[top]] = score[top]
     return Predictions(labels_Bk, scores_Bk)
+
+
+def _row_blocks(hits: Hits) -> list[tuple[int, int]]:
+    """(start, stop) of rows that are summed together: as many in a row as BLOCK_CELLS allows where each takes as much
+    memory as the one with the most votes, which may have thousands of times those of others."""
+    B, b = hits.key_ids_Bb.shape
+    votes_B = np.diff(hits.vote_offsets[:: b or 1]) if B else np.empty(0, np.int64)
+    if len(votes_B) * votes_B.max(initial=0) <= BLOCK_CELLS:
+        return [(0, B)]
+    blocks, start, most = [], 0, 0
+    for row, votes in enumerate(votes_B.tolist()):
+        most = max(most, votes)
+        if row > start and most * (row + 1 - start) > BLOCK_CELLS:
+            blocks.append((start, row))
+            start, most = row, votes
+    return [*blocks, (start, B)]
 
 
 def _mass(hits: Hits, weights_Bb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

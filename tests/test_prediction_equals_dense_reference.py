@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -164,3 +165,21 @@ def test_no_label_is_answered_with_a_score_or_a_share_of_nothing() -> None:
     evidence = vote_evidence(hits, got, lambda_=0.5, temperature=1e-3, keys=5)
     assert (evidence.key_ids.tolist(), evidence.shares.tolist()) == ([10], [1.0])
     assert evidence.offsets.tolist() == [0, 1, 1, 1]
+
+
+def test_a_key_with_very_many_labels_does_not_make_all_rows_as_wide() -> None:
+    rng, labels = np.random.default_rng(0), 200_000
+    rows = [[(i, 0.5 - 0.1 * i, False, rng.choice(labels, 3, replace=False).tolist()) for i in range(4)]] * 200
+    rows[77] = [(9, 0.9, False, rng.permutation(labels).tolist()), (10, 0.8, True, [5])]
+    hits = hits_of(rows)
+    exclude = sp.csr_matrix(([1.0], ([78], [rows[0][0][3][0]])), shape=(200, labels))
+    settings = {"lambda_": 0.5, "temperature": 0.1, "k": 5, "blocked": np.array([7])}
+    tracemalloc.start()
+    found = aggregate(hits, exclude=exclude, **settings)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200 * labels * 8, "one number for each cell of the padded rows would be more"
+    for row in range(len(rows)):
+        alone = aggregate(hits.rows(row, row + 1), exclude=exclude[row : row + 1], **settings)
+        assert found.labels_Bk[row].tolist() == alone.labels_Bk[0].tolist()
+        assert found.scores_Bk[row].tolist() == alone.scores_Bk[0].tolist()
