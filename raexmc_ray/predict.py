@@ -102,8 +102,10 @@ def aggregate(
     if blocked is not None:
         scores_BW[np.isin(labels_BW, blocked)] = 0
     if exclude is not None and exclude.nnz:
-        span = max(exclude.shape[1], 1 + int(labels_BW.max(initial=0)))
-        cells = (np.arange(B)[:, None] * span + labels_BW.astype(np.int64)).ravel()  # ascending
+        # Cells without a label have the largest number of their type: as it is, rows would overflow.
+        span = 1 + max(exclude.shape[1], int(hits.votes.max(initial=0)) + 1)
+        labels = np.minimum(labels_BW, span - 1).astype(np.int64)
+        cells = (np.arange(B)[:, None] * span + labels).ravel()  # ascending
         excluded = np.repeat(np.arange(B), np.diff(exclude.indptr)) * span + exclude.indices
         at = np.searchsorted(cells, excluded)  # the first of its cells, which has the score
         at, excluded = at[at < len(cells)], excluded[at < len(cells)]

@@ -124,11 +124,11 @@ def test_excluded_pairs_make_room_for_the_next() -> None:
 
 def test_labels_beyond_what_32_bits_hold_beside_a_place() -> None:
     """Votes are packed into 32 bits where they fit, else into 64: the answers are the same."""
-    rows = [random_row(np.random.default_rng(seed), 25, 12) for seed in range(3)]
-    exclude = random_relevance(np.random.default_rng(9), 3, 12, 0.2)
+    rows = [random_row(np.random.default_rng(seed), 25, 12) for seed in range(40)]
+    exclude = random_relevance(np.random.default_rng(9), 40, 12, 0.2)
     last = np.iinfo(np.int32).max - 11
     near, far = hits_of(rows), hits_of([[(*cell, [last + v for v in votes]) for *cell, votes in row] for row in rows])
-    shape = (3, last + 12)
+    shape = (40, last + 12)
     moved = sp.csr_matrix((exclude.data, exclude.indices.astype(np.int64) + last, exclude.indptr), shape=shape)
     expected = aggregate(near, lambda_=0.5, temperature=0.3, k=9, exclude=exclude)
     got = aggregate(far, lambda_=0.5, temperature=0.3, k=9, exclude=moved)
