@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import re
 import shutil
 import tempfile
+import uuid
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,6 +129,34 @@ class Folder:
             with Scratch() as scratch:
                 yield scratch
                 self.upload(scratch)
+
+    @contextlib.contextmanager
+    def appearing(self) -> Iterator[Path]:
+        """As `filling`, for a folder that is not there: where it is local it appears whole, in one step. Raises
+        FileExistsError where another process has made it meanwhile: what is there is not touched."""
+        if not self.is_local:
+            with self.filling() as local:
+                yield local
+            return
+        beside = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}"
+        try:
+            with beside.filling() as local:
+                yield local
+            try:
+                os.rename(beside.path, self.path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise FileExistsError(f"{self}: another process has made it meanwhile") from None
+            sync(Path(self.parent.path))
+        finally:
+            beside.remove()
+
+    def remove_left(self) -> None:
+        """Remove from this folder what `appearing` left there where its process was killed."""
+        for name in self.names():
+            if name.startswith("."):
+                (self / name).remove()
 
     def remove(self) -> None:
         """Remove this folder with all that is in it; nothing where there is none."""

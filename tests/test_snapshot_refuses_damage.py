@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from helpers import change_manifest, corpus_of, tiny_encoder
 import raexmc_ray
 from raexmc_ray.corpus import Corpus, read_corpus
 from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.files import Folder
 from raexmc_ray.memory.snapshot import FORMAT_VERSION, SnapshotError
-from raexmc_ray.memory.write import build_memory
+from raexmc_ray.memory.write import SnapshotPlan, build_memory, key_table, train, write_shard
 from raexmc_ray.recipe import MemorySection, PredictionSection
 
 SHARD = "segments/0000/shard-0001"
@@ -196,7 +198,12 @@ def test_building_again_leaves_a_newer_snapshot_alone(memory: Path, corpus: Corp
 def test_what_is_said_to_be_done_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file's bytes, and its name in its folder, before the file that vouches for it."""
     synced: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda opened: synced.append(os.readlink(f"/proc/self/fd/{opened}")))
+    beside = re.compile(r"/\.(shard-\d+)\.[0-9a-f]{8}(?=/|$)")  # where a shard is written, until it is whole
+
+    def note(opened: int) -> None:
+        synced.append(beside.sub(r"/\1", os.readlink(f"/proc/self/fd/{opened}")))
+
+    monkeypatch.setattr(os, "fsync", note)
     corpus = corpus_of(sp.csr_matrix(np.eye(3, dtype=np.float32)))
     name = build_memory(corpus, tiny_encoder(), tmp_path, MemorySection(shards=2, index="ivf-pq"))
     first = {path: number for number, path in reversed(list(enumerate(synced)))}
@@ -217,3 +224,33 @@ def test_building_again_leaves_a_published_snapshot_alone(tmp_path: Path) -> Non
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "snapshots").rglob("*") if path.is_file()}
     assert build_memory(corpus, encoder, tmp_path) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "snapshots").rglob("*") if path.is_file()} == before
+
+
+def test_a_writer_that_is_late_leaves_a_published_shard_alone(
+    memory: Path, corpus: Corpus, encoder: TextEncoder
+) -> None:
+    """As one does on a node that Ray has given up, whose work another node has done again."""
+    table, settings = key_table(corpus), MemorySection(shards=2)
+    plan = SnapshotPlan.of(Folder.at(memory), corpus, encoder, settings, PredictionSection())
+    assert plan.id == snapshot(memory).name
+    files = sorted((snapshot(memory) / SHARD).iterdir())
+    published = {path: path.read_bytes() for path in files}
+    for path in files:
+        path.unlink()
+    (snapshot(memory) / SHARD).rmdir()
+    keys_ND = encoder.encode(table["text"].to_pylist())[1::2]
+
+    def blocks() -> Iterator[np.ndarray]:
+        yield keys_ND[:1]
+        assert not (snapshot(memory) / SHARD).exists(), "what is not whole is nowhere"
+        (snapshot(memory) / SHARD).mkdir()
+        for path, content in published.items():
+            path.write_bytes(content)
+        yield keys_ND[1:]
+
+    mine = table.take(np.arange(1, len(table), 2))
+    with pytest.raises(FileExistsError, match="another process has made it meanwhile"):
+        write_shard(plan, 1, train(plan, keys_ND), mine, blocks)
+    assert {path: path.read_bytes() for path in files} == published
+    assert sorted(path.name for path in (snapshot(memory) / "segments/0000").iterdir()) == ["shard-0000", "shard-0001"]
+    raexmc_ray.open(memory)

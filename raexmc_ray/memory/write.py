@@ -131,11 +131,12 @@ def write_shard(
     """Write one shard's files; returns their manifest entries.
 
     table: from `key_table`, the keys with id ≡ shard (mod shards), in id order. blocks: gives their embeddings in
-    the same order, as `build_index` takes them.
+    the same order, as `build_index` takes them. Raises FileExistsError where another process wrote it meanwhile.
     """
     folder = plan.folder / f"segments/{SEGMENT}/shard-{shard:04d}"
     folder.remove()  # of a snapshot that lost its manifest: who has these files mapped keeps what is in them
-    with folder.filling() as local:
+    # Not in its place: a writer on a node that Ray has given up may go on when the snapshot is published and searched.
+    with folder.appearing() as local:
         index = faiss.deserialize_index(np.frombuffer(trained, np.uint8))
         build_index(local, index, plan.index, len(table), blocks)
         (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
@@ -182,6 +183,7 @@ def finish_snapshot(
         files = {name: describe_file(local / name) for name in names}
     for entries in shards:
         files |= entries
+    (plan.folder / f"segments/{SEGMENT}").remove_left()
     manifest = Manifest(
         id=plan.id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
