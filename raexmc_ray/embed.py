@@ -248,12 +248,18 @@ class _UnitEncoder:
     def __init__(self, encoder: Folder, embeddings: Embeddings, batch_size: int, threads: int, gpu: bool) -> None:
         from raexmc_ray.encoder import use_hardware
 
+        # For a call to say: Ray Data makes a trace of what is raised here.
+        self._refused = (
+            "" if encoder.names() else f"{encoder}: is not seen by every node: set cluster.storage to what is"
+        )
+        if self._refused:
+            return
         self._encoder = use_hardware(load_encoder(encoder), threads, keys=True, gpu=gpu)
-        self._embeddings, self._batch_size, self._refused = embeddings, batch_size, ""
+        self._embeddings, self._batch_size = embeddings, batch_size
         own = self._encoder.precision
         try:
             precision = embeddings.begin(own)
-        except ValueError as error:  # for a call to say: Ray Data makes a trace of what is raised here
+        except ValueError as error:
             precision, self._refused = own, str(error)
         if precision != own:
             self._encoder = use_hardware(load_encoder(encoder), threads, precision, gpu=gpu)

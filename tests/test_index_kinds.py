@@ -7,6 +7,7 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from helpers import publish_keys, random_relevance, tied_rows, unit_rows
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from raexmc_ray.embed import BLOCK_UNITS, UNIT_KEYS
 from raexmc_ray.memory.hits import Hits
 from raexmc_ray.memory.index import ShardIndex
-from raexmc_ray.memory.kinds import SAMPLE_PER_LIST, IndexSpec, build_index, train_index
+from raexmc_ray.memory.kinds import SAMPLE_PER_LIST, IndexSpec, build_index, nearest_lists, train_index
 from raexmc_ray.memory.plan import BLOCK_KEYS, SHARD_LIMIT, MemoryPlan, build_bytes, plan_memory, shard_bytes
 from raexmc_ray.memory.shard import LocalShards
 from raexmc_ray.recipe import INDEX_KINDS, MemorySection, Neighbours
@@ -262,3 +263,20 @@ def test_rescoring_copies_the_candidates_only(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < keys_ND.nbytes / 10
+
+
+@pytest.mark.parametrize("probes", [1, 5, 64])
+def test_which_lists_are_near_does_not_depend_on_the_batch(probes: int) -> None:
+    """Vectors half-way between two centroids, of which FAISS takes the one or the other, as its blocks fall."""
+    rng = np.random.default_rng(0)
+    centroids = unit_rows(rng, 64, 96)
+    centroids[1] = centroids[0]
+    quantizer = faiss.IndexFlatIP(96)
+    quantizer.add(centroids)
+    between = centroids[rng.integers(64, size=500)] + centroids[rng.integers(64, size=500)]
+    vectors = between / np.linalg.norm(between, axis=1, keepdims=True)
+    exact = (vectors.astype(np.float64) @ centroids.T.astype(np.float64)).astype(np.float32)
+    expected = np.sort(np.argsort(-exact, axis=1, kind="stable")[:, :probes], axis=1)
+    for batch in (1, 7, 19, 20, 100, 500):
+        found = [nearest_lists(quantizer, vectors[i : i + batch], probes)[0] for i in range(0, 500, batch)]
+        np.testing.assert_array_equal(np.sort(np.concatenate(found), axis=1), expected)

@@ -18,6 +18,7 @@ from raexmc_ray.memory.snapshot import publish_again
 from raexmc_ray.memory.write import (
     SnapshotPlan,
     finish_snapshot,
+    is_written,
     key_encoder,
     key_table,
     sample_keys,
@@ -78,13 +79,21 @@ def write_shards(
     done = shards_before(plan)
     missing = [shard for shard in range(plan.shards) if shard not in done]
     if missing:
-        keys, shared = ray.put(table), ray.put(trained)
+        shared = ray.put(trained)
         write = _write_shard.options(num_cpus=cpus, memory=_for_writing(plan, table, cpus)["memory"])
-        pending = {write.remote(plan, shard, shared, embeddings, keys, threads): shard for shard in missing}
+        # Each task gets its own keys: one table for all would be copied whole to every node.
+        keys = {shard: ray.put(table.take(np.arange(shard, len(table), plan.shards))) for shard in missing}
+        pending = {write.remote(plan, shard, shared, embeddings, keys[shard], threads): shard for shard in missing}
         with Progress("build", plan.shards, "shards", done=len(done)) as progress:
             while pending:
                 (ready,), _ = ray.wait(list(pending), num_returns=1)
-                done[pending.pop(ready)] = ray.get(ready)
+                shard, entries = pending.pop(ready), ray.get(ready)
+                if not is_written(plan, entries):
+                    raise ValueError(
+                        f"{plan.folder}: shard {shard} was written by a node whose files are not seen here: set "
+                        "cluster.storage to a folder that every node sees"
+                    )
+                done[shard] = entries
                 progress.add(1)
     return trained, done.values()
 
@@ -111,6 +120,6 @@ def _train(plan: SnapshotPlan, embeddings: Embeddings, threads: int) -> bytes:
 def _write_shard(
     plan: SnapshotPlan, shard: int, trained: bytes, embeddings: Embeddings, keys: pa.Table, threads: int
 ) -> dict[str, FileEntry]:
+    """keys: those of the shard."""
     use_threads(threads)
-    mine = np.arange(shard, len(keys), plan.shards)
-    return write_shard(plan, shard, trained, keys.take(mine), lambda: embeddings.of_shard(shard))
+    return write_shard(plan, shard, trained, keys, lambda: embeddings.of_shard(shard))

@@ -17,7 +17,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from raexmc_ray.memory.kinds import FACTORY, INDEX, VECTORS, IndexSpec, check_unit_rows, selecting
+from raexmc_ray.memory.kinds import FACTORY, INDEX, VECTORS, IndexSpec, check_unit_rows, nearest_lists, selecting
 from raexmc_ray.memory.order import best_columns
 
 _faiss: Any = faiss
@@ -59,8 +59,7 @@ class CoarseQuantizer:
 
     def assign(self, queries_BD: np.ndarray) -> Lists:
         """The lists nearest to each query: float32 [B, d], of unit length."""
-        scores_Bp, lists_Bp = self._index.quantizer.search(np.ascontiguousarray(queries_BD), self._probes)
-        return Lists(lists_Bp, scores_Bp)
+        return Lists(*nearest_lists(self._index.quantizer, queries_BD, self._probes))
 
 
 def open_quantizer(path: Path, spec: IndexSpec) -> CoarseQuantizer | None:

@@ -23,6 +23,7 @@ import faiss
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from raexmc_ray.memory.order import best_columns
 from raexmc_ray.recipe import MemorySection
 
 _faiss: Any = faiss
@@ -168,6 +169,34 @@ def _inverted_lists(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
     return index
 
 
+def nearest_lists(
+    quantizer: Any, vectors_BD: np.ndarray, probes: int, width: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The inverted lists nearest to each vector: int64 [B, probes], the same ones whatever else is in the batch, and
+    the inner products with their centroids, float32, best first.
+
+    quantizer: a flat index of the centroids. width: candidates in the first search. FAISS's float32 scores differ
+    between batches by up to d·2⁻²⁴, and with them which list is the last that is taken: what lies that close to it is
+    compared in float64.
+    """
+    lists, d = quantizer.ntotal, quantizer.d
+    probes = min(probes, lists)
+    width = min(width or probes + 4 + probes // 8, lists)
+    vectors = np.ascontiguousarray(vectors_BD)
+    scores_Bw, lists_Bw = quantizer.search(vectors, width)
+    last_B1, in_doubt = scores_Bw[:, probes - 1, None], np.float32(4 * d * 2.0**-24)
+    rows, columns = np.nonzero(np.abs(scores_Bw - last_B1) <= in_doubt)
+    open_rows = np.flatnonzero(scores_Bw[:, -1] >= last_B1[:, 0] - in_doubt) if width < lists else ()
+    centroids_LD = faiss.rev_swig_ptr(quantizer.get_xb(), lists * d).reshape(lists, d)
+    near = centroids_LD[lists_Bw[rows, columns]]
+    scores_Bw[rows, columns] = np.einsum("nd,nd->n", vectors[rows], near, dtype=np.float64)
+    best = best_columns(scores_Bw, lists_Bw, probes)
+    lists_Bp, scores_Bp = (np.take_along_axis(array, best, 1) for array in (lists_Bw, scores_Bw))
+    if len(open_rows):  # more lists than were looked at lie as close
+        lists_Bp[open_rows], scores_Bp[open_rows] = nearest_lists(quantizer, vectors[open_rows], probes, 4 * width)
+    return lists_Bp, scores_Bp
+
+
 def _enough(sample_ND: np.ndarray, least: int) -> np.ndarray:
     """The sample, repeated where a small memory has fewer keys than FAISS wants to see."""
     return np.resize(sample_ND, (least, sample_ND.shape[1])) if len(sample_ND) < least else sample_ND
@@ -190,7 +219,7 @@ def build_index(folder: Path, trained: Any, spec: IndexSpec, rows: int, blocks: 
     elif spec.kind == "ivf-fp16":
         lists_N = np.empty(rows, np.int64)
         for start, block_ND in _float_blocks(blocks()):
-            lists_N[start : start + len(block_ND)] = index.quantizer.search(block_ND, 1)[1][:, 0]
+            lists_N[start : start + len(block_ND)] = nearest_lists(index.quantizer, block_ND, 1)[0][:, 0]
         for number, size in enumerate(np.bincount(lists_N, minlength=index.nlist).tolist()):
             index.invlists.resize(number, size)
             index.invlists.resize(number, 0)  # what was reserved stays

@@ -48,8 +48,9 @@ class ShardActor:
 
     def __init__(self, memory: Folder, snapshot: str, shard: int, threads: int, gpu: bool) -> None:
         use_threads(threads)
-        # Its first life read every byte against its checksum; the next ones must be there in no time.
-        verify = not ray.get_runtime_context().was_current_actor_reconstructed
+        # Its first life read every byte against its checksum; the next ones must be there in no time. What they copy
+        # from an object store nobody has read yet.
+        verify = not (memory.is_local and ray.get_runtime_context().was_current_actor_reconstructed)
         self._shard = Shard(open_snapshot(memory, snapshot), shard, verify=verify, gpu=gpu)
 
     def search(self, question: _Question) -> Hits:

@@ -156,9 +156,14 @@ def shards_before(plan: SnapshotPlan) -> dict[int, dict[str, FileEntry]]:
         file = plan.work / f"shard-{shard:04d}.json"
         if file.size() is not None:
             entries = {name: FileEntry(**entry) for name, entry in json.loads(file.read()).items()}
-            if all((plan.folder / name).size() == entry.size for name, entry in entries.items()):
+            if is_written(plan, entries):
                 done[shard] = entries
     return done
+
+
+def is_written(plan: SnapshotPlan, entries: dict[str, FileEntry]) -> bool:
+    """Whether the files of these entries are there, with all their bytes."""
+    return all((plan.folder / name).size() == entry.size for name, entry in entries.items())
 
 
 def finish_snapshot(
