@@ -254,3 +254,18 @@ def test_a_writer_that_is_late_leaves_a_published_shard_alone(
     assert {path: path.read_bytes() for path in files} == published
     assert sorted(path.name for path in (snapshot(memory) / "segments/0000").iterdir()) == ["shard-0000", "shard-0001"]
     raexmc_ray.open(memory)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_other_defaults_share_the_files_of_what_was_built(
+    memory: Path, corpus: Corpus, encoder: TextEncoder, damaged: bool
+) -> None:
+    old = snapshot(memory)
+    index = (old / SHARD / "index.faiss").stat().st_ino
+    if damaged:
+        tear(old / "labels.parquet")
+    name = raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2), PredictionSection(k=3))
+    assert name != old.name
+    assert ((snapshot(memory) / SHARD / "index.faiss").stat().st_ino == index) is not damaged
+    assert raexmc_ray.open(memory).manifest.defaults.k == 3
+    assert len(raexmc_ray.open(memory).predict(["a text"])[0]) == 3

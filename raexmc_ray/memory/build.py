@@ -14,13 +14,13 @@ from raexmc_ray.embed import Embeddings, embed_keys, load_encoder, stage
 from raexmc_ray.files import FileEntry, Folder
 from raexmc_ray.memory.index import use_threads
 from raexmc_ray.memory.plan import build_bytes, training_bytes
-from raexmc_ray.memory.snapshot import publish_again
 from raexmc_ray.memory.write import (
     SnapshotPlan,
     finish_snapshot,
     is_written,
     key_encoder,
     key_table,
+    published_before,
     sample_keys,
     shards_before,
     train,
@@ -43,7 +43,7 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder, *, trained: bool = Tr
     table = key_table(corpus)
     tower = key_encoder(load_encoder(encoder), table, recipe.memory)
     plan = SnapshotPlan.of(storage / "memory", corpus, tower, recipe.memory, recipe.prediction)
-    if publish_again(plan.memory, plan.id):
+    if published_before(plan, corpus, tower, recipe.prediction):
         return plan.id
     cpus = recipe.cluster.cpus_per_worker
     remedy = "lower cluster.cpus_per_worker"

@@ -179,16 +179,16 @@ def nearest_lists(
     between batches by up to d·2⁻²⁴, and with them which list is the last that is taken: what lies that close to it is
     compared in float64.
     """
-    lists, d = quantizer.ntotal, quantizer.d
+    centroids: Any = faiss.downcast_index(quantizer)
+    lists, d = centroids.ntotal, centroids.d
     probes = min(probes, lists)
     width = min(width or probes + 4 + probes // 8, lists)
     vectors = np.ascontiguousarray(vectors_BD)
-    scores_Bw, lists_Bw = quantizer.search(vectors, width)
+    scores_Bw, lists_Bw = centroids.search(vectors, width)
     last_B1, in_doubt = scores_Bw[:, probes - 1, None], np.float32(4 * d * 2.0**-24)
     rows, columns = np.nonzero(np.abs(scores_Bw - last_B1) <= in_doubt)
     open_rows = np.flatnonzero(scores_Bw[:, -1] >= last_B1[:, 0] - in_doubt) if width < lists else ()
-    centroids_LD = faiss.rev_swig_ptr(quantizer.get_xb(), lists * d).reshape(lists, d)
-    near = centroids_LD[lists_Bw[rows, columns]]
+    near = faiss.rev_swig_ptr(centroids.get_xb(), lists * d).reshape(lists, d)[lists_Bw[rows, columns]]
     scores_Bw[rows, columns] = np.einsum("nd,nd->n", vectors[rows], near, dtype=np.float64)
     best = best_columns(scores_Bw, lists_Bw, probes)
     lists_Bp, scores_Bp = (np.take_along_axis(array, best, 1) for array in (lists_Bw, scores_Bw))

@@ -17,8 +17,8 @@ SHARD_WORTH = 1 << 28
 """Bytes below which a shard is not worth an actor of its own."""
 HEADROOM = 0.7
 """Share of a machine's memory that shards may take."""
-PROCESS_BYTES = 400 << 20
-"""Of a process that builds, beside what it builds: torch, Ray, FAISS and Arrow."""
+PROCESS_BYTES = 300 << 20
+"""Of a process that builds, beside what it builds: Ray, FAISS and Arrow."""
 BLOCK_KEYS = 1 << 16
 """Keys, of all shards together, whose embeddings reach the indexes at a time: those of embed.py's BLOCK_UNITS."""
 BLOCK_BYTES = 8
@@ -46,11 +46,15 @@ def index_bytes(spec: IndexSpec, keys: int) -> int:
     if spec.kind == "ivf-fp16":
         return (2 * d + ID_BYTES) * keys + quantizer
     if spec.kind == "ivf-pq":
-        codes = (keys + spec.lists * BLOCK / 2) * spec.subvectors / 2
-        return int(codes) + ID_BYTES * keys + quantizer + 4 * 16 * d
+        return _code_bytes(spec, keys) + ID_BYTES * keys + quantizer + 4 * 16 * d
     if spec.kind == "hnsw":
         return (2 * d + 4 * 2 * GRAPH_LINKS + 8 + 4) * keys
     return 4 * d * keys
+
+
+def _code_bytes(spec: IndexSpec, keys: int) -> int:
+    """Bytes of the codes of `ivf-pq`: half a byte a part of a key, in lists that are half a block longer on average."""
+    return int((keys + spec.lists * BLOCK / 2) * spec.subvectors / 2)
 
 
 def vectors_bytes(spec: IndexSpec, keys: int) -> int:
@@ -69,9 +73,12 @@ def build_bytes(spec: IndexSpec, keys: int, shards: int, table: int) -> int:
     table: bytes of the keys' texts and labels, of which there are two copies for a while.
     """
     block = BLOCK_BYTES * spec.dimension * min(keys, BLOCK_KEYS // shards)
+    index = index_bytes(spec, keys)
     # What FAISS fills key by key grows by doubling.
-    growth = 2 if spec.kind in ("ivf-pq", "hnsw") or spec.kind.startswith(FACTORY) else 1
-    return PROCESS_BYTES + growth * index_bytes(spec, keys) + vectors_bytes(spec, keys) + block + 2 * table
+    growing = _code_bytes(spec, keys) + ID_BYTES * keys if spec.kind == "ivf-pq" else 0
+    if spec.kind == "hnsw" or spec.kind.startswith(FACTORY):
+        growing = index
+    return PROCESS_BYTES + index + growing + vectors_bytes(spec, keys) + block + 2 * table
 
 
 def training_bytes(spec: IndexSpec) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -103,7 +104,7 @@ class ShardPool:
                 make.remote(memory, manifest.id, shard, threads, gpu) for shard in range(manifest.shards)
             ]
         for copy in self._copies.values():  # all of them open at the same time
-            self._ask(copy, "pid", timeout_s=max(timeout_s, OPENING_S))
+            self._answers(copy, "pid", patience_s=max(timeout_s, OPENING_S))
 
     @property
     def actors(self) -> list[Any]:
@@ -118,22 +119,23 @@ class ShardPool:
 
         Raises ShardUnavailableError, which names the shard, rather than answer without it.
         """
+        since = time.monotonic()  # of both rounds, where a second one is needed
         lists = self._quantizer.assign(queries_BD) if self._quantizer else None
 
         def ask(rows: Any, asked: Neighbours) -> list[Hits]:
             question: _Question = (queries_BD[rows], neighbours, lists and lists.of(rows), asked)
             large = question[0].nbytes > PUT_ABOVE_BYTES
-            return self._call("search", ray.put(question) if large else question)
+            return self._ask("search", ray.put(question) if large else question, since=since)
 
         return search_all(ask, neighbours, len(self.actors))
 
     def keys(self, key_ids: np.ndarray) -> dict[int, dict[str, str]]:
         """{key id: {"kind", "uid", "text"}} of these keys."""
-        return join_keys(self._call("keys", key_ids))
+        return join_keys(self._ask("keys", key_ids))
 
     def key_rows(self, key_ids: np.ndarray) -> pa.Table:
         """Rows (key_id, kind, uid, text), one for each of `key_ids`, which may be there more than once."""
-        return key_rows(self._call("keys", np.unique(key_ids)), key_ids)
+        return key_rows(self._ask("keys", np.unique(key_ids)), key_ids)
 
     def close(self) -> None:
         """End the actors."""
@@ -149,17 +151,22 @@ class ShardPool:
     ) -> None:
         self.close()
 
-    def _call(self, method: str, *arguments: Any) -> list[Any]:
-        """What each shard's `method` returns, in shard order."""
-        return self._ask(self.actors, method, *arguments)
+    def _ask(self, method: str, *arguments: Any, since: float | None = None) -> list[Any]:
+        """What each shard's `method` returns, in shard order, `timeout_s` after `since` (of `time.monotonic`; now) at
+        the latest."""
+        return self._answers(self.actors, method, *arguments, patience_s=self.timeout_s, since=since)
 
-    def _ask(self, actors: list[Any], method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        timeout_s = timeout_s or self.timeout_s
+    def _answers(
+        self, actors: list[Any], method: str, *arguments: Any, patience_s: float, since: float | None = None
+    ) -> list[Any]:
+        waited = 0.0 if since is None else time.monotonic() - since
         calls = [getattr(actor, method).remote(*arguments) for actor in actors]
-        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=max(0.0, patience_s - waited))
         late = [shard for shard, call in enumerate(calls) if call not in ready]
+        for shard in late:  # one that comes back must not work through what nobody waits for
+            ray.cancel(calls[shard])
         if late:
-            raise ShardUnavailableError(f"shards {late} did not answer within {timeout_s:g} s")
+            raise ShardUnavailableError(f"shards {late} did not answer within {patience_s:g} s")
         answers = []
         for shard, call in enumerate(calls):
             try:

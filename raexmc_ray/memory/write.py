@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +21,7 @@ import scipy.sparse as sp
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.files import FileEntry, Folder, describe_file
 from raexmc_ray.lexical import Lexical
+from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.kinds import INDEX, VECTORS, IndexSpec, build_index, train_index
 from raexmc_ray.memory.shard import INSTANCE, KEYS, LABEL
 from raexmc_ray.memory.snapshot import (
@@ -27,7 +29,10 @@ from raexmc_ray.memory.snapshot import (
     LABELS,
     TRAINED,
     Manifest,
+    SnapshotError,
+    list_snapshots,
     memory_id,
+    open_snapshot,
     publish,
     publish_again,
     shard_file,
@@ -104,6 +109,20 @@ class SnapshotPlan:
     def work(self) -> Folder:
         """What a build that was stopped finds again; it is removed when the snapshot is published."""
         return self.memory / "building" / self.id
+
+
+def published_before(plan: SnapshotPlan, corpus: Corpus, encoder: TextEncoder, defaults: PredictionSection) -> bool:
+    """Make the plan's snapshot the current one where an earlier run finished it, or one of the same keys with other
+    defaults, whose files it then has; whether there was one. Raises NewerSnapshotError."""
+    if publish_again(plan.memory, plan.id):
+        return True
+    for name in list_snapshots(plan.memory):
+        with suppress(SnapshotError):  # a damaged one is none
+            found = open_snapshot(plan.memory, name)
+            made_of = corpus.fingerprint, encoder.fingerprint, plan.shards, plan.index
+            if name == memory_id(*made_of, found.manifest.defaults):
+                return with_defaults(plan.memory, found, corpus.fingerprint, defaults) == plan.id
+    return False
 
 
 def sample_keys(plan: SnapshotPlan, keys: int) -> np.ndarray:
@@ -227,7 +246,7 @@ def build_memory(
     table = key_table(corpus)
     encoder = key_encoder(encoder, table, settings)
     plan = SnapshotPlan.of(Folder.at(memory), corpus, encoder, settings, defaults)
-    if publish_again(plan.memory, plan.id):  # readers have its files mapped: they are never written again
+    if published_before(plan, corpus, encoder, defaults):  # readers have its files mapped: never written again
         return plan.id
     keys_ND = encoder.encode(table["text"].to_pylist())
     trained = train(plan, keys_ND[sample_keys(plan, len(keys_ND))])
