@@ -24,6 +24,12 @@ KEEP_FREED_MEMORY = {
 malloc arena gives memory back to the kernel at every step, which on two cores took a sixth of the speed, in page
 faults."""
 
+API_SERVER = "RAY_API_SERVER_ADDRESS"
+"""Environment variable: where Ray's own processes ask for the state of their cluster. Where it is not set they ask any
+cluster of the machine that has a dashboard; Ray Train, which asks whether its controller is alive, then takes it for
+dead, and ends its workers."""
+NOWHERE = "http://127.0.0.1:9"
+
 NODE_GROUP = "ray.io/node-group"
 """Label of the nodes of a cluster that `ray up` or KubeRay keeps, from Ray's autoscaler (v2) or from Kubernetes."""
 logger = logging.getLogger("raexmc_ray")
@@ -42,15 +48,22 @@ def connected(*, dashboard: bool = False, existing: bool = False) -> Iterator[No
         return
     cpus = int(os.environ.get(CLUSTER_CPUS, max(4, os.cpu_count() or 1)))
     address = os.environ.get("RAY_ADDRESS") or ("auto" if existing else None)
-    ray.init(
-        address=address or "local",
-        num_cpus=None if address else cpus,
-        include_dashboard=None if address else dashboard,
-        # It works for the command that waits for it. By default Ray's workers step back behind every other process.
-        _system_config=None if address else {"worker_niceness": 0},
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    asks_nobody = not address and not dashboard and API_SERVER not in os.environ
+    if asks_nobody:
+        os.environ[API_SERVER] = NOWHERE
+    try:
+        ray.init(
+            address=address or "local",
+            num_cpus=None if address else cpus,
+            include_dashboard=None if address else dashboard,
+            # It works for the command that waits for it. By default Ray's workers step back behind all other processes.
+            _system_config=None if address else {"worker_niceness": 0},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    finally:
+        if asks_nobody:
+            del os.environ[API_SERVER]  # the cluster's processes have it
     try:
         yield
     finally:
