@@ -52,7 +52,7 @@ def test_building_again_makes_the_same_snapshot_and_embeds_only_what_is_missing(
     corpus = read_corpus(tiny_run.corpus.path)
     encoder = trained_encoder(tiny_run, corpus)
     before = raexmc_ray.open(memory_of(tiny_run).path)
-    again = Recipe.parse(tiny_run.model_dump(by_alias=True), ["prediction.k=7"])
+    again = Recipe.parse(tiny_run.model_dump(by_alias=True), ["memory.index=factory:Flat"])
     units = Folder.at(tiny_run.cluster.storage) / "embeddings"
     (folder,) = units.names()
     (unit,) = (name for name in (units / folder).names() if name.startswith("unit-"))

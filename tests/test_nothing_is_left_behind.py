@@ -1,5 +1,5 @@
 """Ctrl-C ends every process that a run started, orphans and those that ignore it included; of a killed process's
-temporary files the next one leaves none."""
+temporary files the next one leaves none. Nor does another run touch its processes."""
 
 from __future__ import annotations
 
@@ -39,6 +39,46 @@ with Scratch() as folder:
     Path(sys.argv[1] + ".").write_text(str(folder))
     Path(sys.argv[1] + ".").rename(sys.argv[1])
     time.sleep(600)
+"""
+
+BESIDE = """
+import subprocess, sys
+import ray
+from raexmc_ray.cluster import connected
+
+ANOTHER = '''
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+print("up", flush=True)
+sys.stdin.read()
+cluster.shutdown()
+'''
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def id(self):
+        return ray.get_runtime_context().get_actor_id()
+
+@ray.remote(num_cpus=0)
+def is_taken_for_dead(actor):  # as Ray Train's cleaner of placement groups asks
+    from ray.train.v2._internal.state.util import is_actor_alive
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        return not is_actor_alive(actor, 5)
+    except RayStateApiException:
+        return False
+
+with connected():
+    actor = Actor.remote()
+    name = ray.get(actor.id.remote())
+    pipe = subprocess.PIPE
+    another = subprocess.Popen([sys.executable, "-c", ANOTHER], stdin=pipe, stdout=pipe, text=True)
+    assert another.stdout.readline() == "up\\n"
+    print(ray.get(is_taken_for_dead.remote(name)))
+    another.stdin.close()
+    another.wait()
 """
 
 SUPERVISE = "import sys; from raexmc_ray.supervise import run_and_clean_up; sys.exit(run_and_clean_up({command}))"
@@ -118,3 +158,11 @@ def test_the_demo_killed_at_a_random_moment_leaves_nothing_and_runs_again(tiny_c
     assert done.returncode == 0, done.stdout + done.stderr
     for printed in ("labels only", "instances only", "both", "popularity", "cosine", "Done"):
         assert printed in done.stdout
+
+
+@pytest.mark.faults
+def test_another_cluster_of_the_machine_is_not_asked_who_is_alive() -> None:
+    """One that was started as by `ray start`, which knows none of our actors: Ray Train would end its own workers."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    run = subprocess.run([sys.executable, "-c", BESIDE], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert run.stdout.splitlines()[-1:] == ["False"], run.stdout + run.stderr
