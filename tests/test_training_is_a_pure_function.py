@@ -155,7 +155,7 @@ def test_it_stops_early_where_nothing_gets_better(tiny_corpus: Path, tmp_path: P
     assert run(tiny_corpus, tmp_path, overrides)[1] == state, "and stays stopped"
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "update"])
 def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path: Path) -> None:
     overrides = ["cluster.workers=1", "cluster.checkpoint_every=2", "training.evaluation={every: 9, holdout: 0.2}"]
     recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), overrides)
@@ -165,6 +165,8 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
         weight = next(encoder.parameters())
         if step == 3 and where == "loss":
             weight.data.fill_(np.nan)
+        elif step == 3 and where == "update":  # of a step in which a checkpoint is due
+            loop.optimizer.register_step_post_hook(lambda *_: weight.data[0].fill_(np.nan))
         elif step == 3:
             list(encoder.parameters())[-1].register_hook(lambda gradient: gradient * np.inf)
 
@@ -173,7 +175,7 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
     with pytest.raises(NonFiniteLossError) as error:
         loop.run()
     said = str(error.value)
-    assert "in step 4" in said
+    assert "not finite in step 4" in said or "weights are not finite after step 4" in said
     kept = np.setdiff1d(np.arange(len(corpus.train)), corpus.held_out_places(0.2, seed=1))
     uids = corpus.train.texts["uid"].take(kept[loop.sampler.rows(0, 3)]).to_pylist()
     assert json.dumps(uids) in said, "what is in the batch, as the corpus names it"

@@ -27,7 +27,7 @@ from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import Checkpoints
 from raexmc_ray.train.curves import Curves
-from raexmc_ray.train.gather import from_first
+from raexmc_ray.train.gather import from_first, sum_over_ranks
 from raexmc_ray.train.meter import Meter
 from raexmc_ray.train.mining import Part, embed_part, mine
 from raexmc_ray.train.sampler import Mined, Sampler
@@ -83,7 +83,7 @@ class State:
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss or a gradient is not finite: the same steps would end there again, so nothing is retried."""
+    """The loss, a gradient or a weight is not finite: the same steps would end there again, so nothing is retried."""
 
 
 class Loop:
@@ -183,7 +183,7 @@ class Loop:
             with self.meter("data"):
                 prepared = next(batches)
             rate = self._step(prepared)
-            self._after_step(rate)
+            self._after_step(rate, prepared.batch.rows_B)
             self._tell_time()
 
     def _tell_time(self) -> None:
@@ -218,7 +218,8 @@ class Loop:
         loss = accumulate_gradients(self.encoder, prepared, self.settings, self.meter).item()
         with self.meter("optimizer"):
             if not (math.isfinite(loss) and math.isfinite(gradient_norm(self.encoder).item())):
-                raise self._not_finite(loss, prepared.batch.rows_B)
+                said = f"the loss is {loss} or its gradient is not finite in step {self.state.step + 1}"
+                raise self._not_finite(said, prepared.batch.rows_B)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.meter.count(len(prepared.batch.rows_B), prepared.tokens, prepared.cells)
@@ -226,8 +227,8 @@ class Loop:
         self.state.step += 1
         return rate
 
-    def _after_step(self, rate: float) -> None:
-        """Evaluate, note and save what is due after a step."""
+    def _after_step(self, rate: float, rows_B: np.ndarray) -> None:
+        """Evaluate, note and save what is due after a step on these rows."""
         step = self.state.step
         epoch, rest = divmod(step, self.sampler.steps)
         every = self.settings.evaluation.every
@@ -238,10 +239,12 @@ class Loop:
                 self.curves.add(step, figures | {"loss": float(np.mean(self._losses))} | self.meter.read())
             self._losses.clear()
         evaluated = bool(every) and rest == 0 and (epoch % every == 0 or step == self.steps)
+        due = step % self.recipe.cluster.checkpoint_every == 0
+        if (due or evaluated or step == self.steps) and self._weights_are_broken():
+            raise self._not_finite(f"weights are not finite after step {step}", rows_B)
         if evaluated:
             self._evaluate()
         self.state.finished |= step == self.steps
-        due = step % self.recipe.cluster.checkpoint_every == 0
         if due or self.state.finished or (evaluated and self.state.best_step == step):
             self._save()
 
@@ -277,15 +280,23 @@ class Loop:
             self._parts = self.state.step, instances, labels
         return self._parts[1:]
 
-    def _not_finite(self, loss: float, rows_B: np.ndarray) -> NonFiniteLossError:
+    def _weights_are_broken(self) -> bool:
+        """Whether any rank has a weight that is not finite: a step may break them whose loss and gradient are finite.
+        Looked at only where a checkpoint may be written, for it reads all of them."""
+        finite = torch.stack([torch.isfinite(p).all() for p in self.encoder.parameters()]).all()
+        broken = (~finite).float()
+        sum_over_ranks([broken])
+        return bool(broken)
+
+    def _not_finite(self, said: str, rows_B: np.ndarray) -> NonFiniteLossError:
         self.checkpoints.wait()
         checkpoint = self.checkpoints.latest()
         if self.rank == 0:
             self.curves.write()  # what led there
         return NonFiniteLossError(
-            f"the loss is {loss} or its gradient is not finite in step {self.state.step + 1}; training stopped and "
-            f"wrote nothing from it. Last good checkpoint: {checkpoint.folder if checkpoint else 'none yet'}. uids of "
-            f"the batch: {json.dumps(self.data.uids.take(rows_B).to_pylist())}. Look at their texts, or lower "
+            f"{said}; training stopped and wrote nothing from it. Last good checkpoint: "
+            f"{checkpoint.folder if checkpoint else 'none yet'}. uids of the batch: "
+            f"{json.dumps(self.data.uids.take(rows_B).to_pylist())}. Look at their texts, or lower "
             "training.learning_rate"
         )
 
