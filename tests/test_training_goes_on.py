@@ -18,9 +18,11 @@ import pytest
 import ray
 import yaml
 from conftest import ROOT, tiny_settings
+from helpers import MODEL
 from safetensors.numpy import load_file
 
 from raexmc_ray.corpus import read_corpus
+from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import SEAL
@@ -38,6 +40,18 @@ def test_the_encoder_is_published_and_not_trained_twice(tiny_run: Recipe) -> Non
     other = Recipe.parse(tiny_run.model_dump(by_alias=True), ["training.seed=1"])
     with pytest.raises(FileNotFoundError, match="raexmc train"):
         trained_encoder(other, corpus)
+
+
+def test_workers_start_from_the_encoder_that_the_driver_read(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They work in another folder, where this name is none."""
+    TextEncoder.load(MODEL, layers=1, max_tokens=16).save(tmp_path / "models/mine")
+    monkeypatch.chdir(tmp_path)
+    overrides = ["encoder.model=models/mine", "cluster.max_failures=0"]
+    recipe = Recipe.parse(tiny_settings(Path(tiny_run.corpus.path), tmp_path / "run"), overrides)
+    corpus = read_corpus(recipe.corpus.path)
+    assert same_weights(train(recipe, corpus), trained_encoder(tiny_run, corpus)), "it is the same encoder"
 
 
 @pytest.mark.slow

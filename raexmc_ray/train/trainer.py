@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.corpus import Corpus
+from raexmc_ray.embed import stage
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder, Scratch, describe_file
 from raexmc_ray.metrics import inverse_propensity
@@ -75,9 +76,12 @@ def _trained(recipe: Recipe, corpus: Corpus, run: Folder) -> tuple[Checkpoint, C
     data = training_data(recipe, corpus, encoder)
     plan = _plan(recipe, data, encoder)
     logger.info("%s", plan)
+    # By its name a worker might find nothing, as it works in another folder, or another node's own model.
+    encoder.lexical = None  # of another memory, where the model is one's encoder
+    start = recipe.encoder.model_copy(update={"model": str(stage(run, encoder))})
     checkpoints = Checkpoints(run / "checkpoints", recipe.cluster.checkpoints_kept)
     try:
-        _run_workers(recipe, run, data, plan)
+        _run_workers(recipe.model_copy(update={"encoder": start}), run, data, plan)
     finally:
         lines = read_curves(run)
         if lines:
@@ -185,8 +189,8 @@ def _plan(recipe: Recipe, data: TrainingData, encoder: TextEncoder) -> Plan:
 
 
 def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) -> None:
-    """Until the workers have finished the run. Raises NonFiniteLossError, ValueError where a worker does not see the
-    driver's folder, and Ray Train's errors."""
+    """Until the workers have finished the run, whose `encoder.model` every node sees. Raises NonFiniteLossError,
+    ValueError where a worker does not see the driver's folder, and Ray Train's errors."""
     cluster = recipe.cluster
     # With the driver, whose end it shares: on another node it would take the run down with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
