@@ -178,7 +178,7 @@ def test_a_busy_cluster_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Another job has three of four CPUs until the warning is there; then the training runs."""
-    monkeypatch.setattr("raexmc_ray.train.trainer.BUSY_S", 2.0)
+    monkeypatch.setattr("raexmc_ray.train.watch.BUSY_S", 2.0)
     settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path, workers=1)
     recipe = Recipe.parse(settings, ["cluster.cpus_per_worker=2"])
     corpus = read_corpus(recipe.corpus.path)

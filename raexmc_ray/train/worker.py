@@ -27,13 +27,46 @@ MARK_S = 10.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """The training of one worker.
+    """The training of one worker. What would end it again is told to `progress`, so that nothing is tried again.
 
     config: `recipe` (settings), `data` (an object reference to flat arrays, which all workers of a node read from
     shared memory without a copy), `folder` (of the run), `mark` (what the driver left there), `progress` (handle of a
     ProgressActor).
     """
-    recipe, progress = Recipe.parse(config["recipe"]), config["progress"]
+    try:
+        _train(Recipe.parse(config["recipe"]), config)
+    except Exception as error:
+        final = would_come_again(error)
+        if final is None:
+            raise
+        ray.get(config["progress"].stop.remote(final))
+        # Raised, for the others may wait for this one: Ray Train ends them.
+        raise final from None
+
+
+def would_come_again(error: Exception) -> Exception | None:
+    """What people are told where the next start would end in this error, too; None where it may be better luck.
+
+    Made anew, for it travels between processes, which not every error does.
+    """
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return ValueError(
+            f"the training does not fit into a worker's memory ({said}): lower training.chunk_size, or set "
+            "training.gradient_cache=true, or lower training.batch_size"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # to import them takes seconds
+        return ValueError(
+            f"training.compile is true, and the encoder cannot be compiled ({said}): install a C++ compiler on every "
+            "node, or set training.compile=false"
+        )
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(str(error))
+    return ValueError(str(error)) if isinstance(error, ValueError) else None
+
+
+def _train(recipe: Recipe, config: dict[str, Any]) -> None:
+    progress = config["progress"]
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     if rank == 0:
