@@ -223,6 +223,19 @@ def test_a_compiled_encoder_trains_alike(tiny_corpus: Path, tmp_path: Path) -> N
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_a_run_goes_on_in_the_precision_in_which_it_began(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["cluster.workers=1", "cluster.checkpoint_every=1", "training.epochs=1", "training.batch_size=80"]
+    monkeypatch.setattr("raexmc_ray.train.loop.bfloat16_is_native", lambda device: True)
+    with pytest.raises(StoppedError):
+        run(tiny_corpus, tmp_path, overrides, stop_at=2)
+    monkeypatch.setattr("raexmc_ray.train.loop.bfloat16_is_native", lambda device: False)
+    loop, state = run(tiny_corpus, tmp_path, overrides)
+    assert (loop.encoder.precision, state.precision) == ("bfloat16", "bfloat16")
+    assert run(tiny_corpus, tmp_path / "other", overrides)[1].precision == "float32"
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_the_tower_computes_in_the_precision_that_is_set(precision: str, tiny_corpus: Path, tmp_path: Path) -> None:
     overrides = ["cluster.workers=1", "training.epochs=1", "training.batch_size=120"]

@@ -22,9 +22,9 @@ import scipy.sparse as sp
 import torch
 from safetensors.numpy import load, save
 
-from raexmc_ray.encoder import TextEncoder, Tokens
+from raexmc_ray.encoder import TextEncoder, Tokens, bfloat16_is_native
 from raexmc_ray.files import Folder
-from raexmc_ray.recipe import Recipe
+from raexmc_ray.recipe import Precision, Recipe
 from raexmc_ray.train.checkpoint import Checkpoints
 from raexmc_ray.train.curves import Curves
 from raexmc_ray.train.gather import from_first, sum_over_ranks
@@ -80,6 +80,8 @@ class State:
     worse: int = 0
     """Evaluations since the best one."""
     finished: bool = False
+    precision: Precision | None = None
+    """What all ranks compute in; None before it is agreed on. Kept, for the next start may be on other hardware."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -134,7 +136,7 @@ class Loop:
         return self.state
 
     def _resume(self) -> None:
-        """Every rank takes the checkpoint that the first one found."""
+        """Every rank takes the checkpoint that the first one found, and computes in the same precision."""
         found = self.checkpoints.latest() if self.rank == 0 else None
         step = int(from_first(torch.tensor(found.step if found else -1, device=self.encoder.device)))
         checkpoint = found if self.rank == 0 else self.checkpoints.open(step)
@@ -146,6 +148,8 @@ class Loop:
                 )
             checkpoint.restore(self.encoder, self.optimizer)
             self.state = State(**checkpoint.state)
+        self.state.precision = self.state.precision or agree_on_precision(self.settings.precision, self.encoder.device)
+        self.encoder.place(self.encoder.device, getattr(torch, self.state.precision))
         if self.rank == 0:
             self.curves = Curves(self.folder, self.state.step)
 
@@ -299,6 +303,15 @@ class Loop:
             f"{json.dumps(self.data.uids.take(rows_B).to_pylist())}. Look at their texts, or lower "
             "training.learning_rate"
         )
+
+
+def agree_on_precision(wanted: Precision, device: torch.device) -> Precision:
+    """What every rank computes in: `auto` is bfloat16 where all of them compute in it natively, the same on each."""
+    if wanted != "auto":
+        return wanted
+    lacking = torch.tensor(float(not bfloat16_is_native(device)), device=device)
+    sum_over_ranks([lacking])
+    return "float32" if lacking else "bfloat16"
 
 
 def _mined_name(epoch: int) -> str:

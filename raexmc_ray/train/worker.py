@@ -12,7 +12,7 @@ import ray.train.torch
 import scipy.sparse as sp
 import torch
 
-from raexmc_ray.encoder import TextEncoder, Tokens, bfloat16_is_native
+from raexmc_ray.encoder import TextEncoder, Tokens
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.gather import sum_over_ranks
@@ -116,16 +116,11 @@ def count_strangers(mark: Folder, content: str, device: torch.device) -> int:
 
 
 def make_encoder(recipe: Recipe, device: torch.device) -> TextEncoder:
-    """The encoder that a new run of `recipe` starts from, on `device`."""
+    """The encoder that a new run of `recipe` starts from, on `device`; what it computes in is for the loop to say."""
     settings = recipe.training
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
     encoder.lexical = None  # of another memory, where the model is one's encoder
-    dtypes = {
-        "auto": torch.bfloat16 if bfloat16_is_native(device) else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }
-    encoder.place(device, dtypes[settings.precision])
+    encoder.to(device)
     encoder.set_dropout(settings.dropout)
     if settings.compile:
         encoder.compile_tower()
