@@ -75,7 +75,7 @@ def failing(error: Exception, rank: int, starts: Path) -> Callable[[dict[str, An
     ("error", "rank", "starts", "kind", "says"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), 1, 1, ValueError, r"memory\.\): lower training\.chunk_size"),
-        (RuntimeError("bad luck\nand more"), 0, 2, WorkersFailedError, r"max_failures is 1, and worker 0 failed again "
+        (RuntimeError("bad luck\nand more"), 0, 2, WorkersFailedError, r"max_failures is 1, and worker 0 failed "
          r"\(RuntimeError: bad luck\)\. The same command goes on from the last checkpoint$"),
     ],
 )  # fmt: skip

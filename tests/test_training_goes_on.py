@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -108,7 +109,11 @@ def workers_of(process: psutil.Process) -> list[psutil.Process]:
 
 
 @pytest.mark.faults
-def test_a_killed_worker_changes_nothing_in_the_result(tiny_run: Recipe, tmp_path: Path) -> None:
+def test_a_killed_worker_changes_nothing_in_the_result(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And it is said: that it was lost, that a new one is waited for, and where the training starts again."""
+    monkeypatch.setattr("raexmc_ray.train.watch.BUSY_S", 0.0)
     settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path)
     settings["cluster"] |= CHECKPOINTS
     recipe = Recipe.parse(settings)
@@ -124,6 +129,12 @@ def test_a_killed_worker_changes_nothing_in_the_result(tiny_run: Recipe, tmp_pat
     encoder = train(recipe, read_corpus(recipe.corpus.path))
     killer.join()
     assert killed, "the test must kill a worker"
+    said = [
+        r"worker \d failed \(\w+: .*\): the workers start again",
+        "no worker has begun again",
+        "again from step [1-9]",
+    ]
+    assert re.search("(?s).*".join(said), caplog.text), caplog.text
     assert same_weights(encoder, trained_encoder(tiny_run, read_corpus(tiny_run.corpus.path)))
 
 

@@ -102,7 +102,7 @@ class Loop:
         ranks: int = 1,
     ) -> None:
         """encoder: on its device, with the weights that a new run starts from. folder: of this run alone.
-        report: told (steps done, figures) after each step."""
+        report: told (steps done, figures) after each step, and, without figures, where the run begins or goes on."""
         settings = recipe.training
         self.recipe, self.settings, self.data, self.encoder = recipe, settings, data, encoder
         self.folder, self.rank, self.ranks, self.report = folder, rank, ranks, report
@@ -127,6 +127,7 @@ class Loop:
     def run(self) -> State:
         """Go on from the newest whole checkpoint to the end. Raises NonFiniteLossError."""
         self._resume()
+        self.report(self.state.step, {})
         self.encoder.train()
         while not self.state.finished:
             epoch, first = divmod(self.state.step, self.sampler.steps)
