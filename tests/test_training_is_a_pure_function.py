@@ -203,6 +203,12 @@ def test_whatever_a_run_follows_from_names_it(tiny_corpus: Path, tmp_path: Path)
     ]
     assert len({unwatched, *watched}) == 6, "what the held-out figures follow from chooses the encoder"
     assert key("corpus.propensity_a=0.6", corpus=filtered) == unwatched, "where there are any"
+    embedded = [key("encoder.batch_size=32", on) for on in (watch, "training.mining.labels=1")]
+    assert len({unwatched, key(watch), key("training.mining.labels=1"), *embedded}) == 5
+    idle = ["encoder.batch_size=32", "training.mining={group: 4, depth: 50, every: 2}", "prediction.k=5"]
+    idle.append("training.evaluation={holdout: 0.3, metric: P@5}")
+    assert {key(setting) for setting in idle} == {unwatched}, "what does nothing is left out"
+    assert key(watch, "prediction.k=5") == key(watch)
     (model / "README.md").write_text("about it")
     assert key() == unwatched
     with torch.no_grad():

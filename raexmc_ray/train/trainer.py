@@ -26,11 +26,11 @@ from raexmc_ray.embed import stage
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder, Scratch, describe_file
 from raexmc_ray.metrics import inverse_propensity
-from raexmc_ray.recipe import Recipe
+from raexmc_ray.recipe import EncoderSection, EvaluationSection, MiningSection, PredictionSection, Recipe
 from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
 from raexmc_ray.train.curves import PICTURE, draw_curves, read_curves
 from raexmc_ray.train.loop import TrainingData
-from raexmc_ray.train.plan import Plan, refuse, warn_of_idle, worker_bytes
+from raexmc_ray.train.plan import Plan, idle_settings, refuse, warn_of_idle, worker_bytes
 from raexmc_ray.train.tokens import tokenize_on_cluster
 from raexmc_ray.train.validate import HeldOut
 from raexmc_ray.train.watch import Failures, ProgressActor, Watcher, workers_failed
@@ -136,15 +136,25 @@ def trained_encoder(recipe: Recipe, corpus: Corpus) -> Folder:
 
 def run_key(recipe: Recipe, corpus: Corpus) -> str:
     """Names a training run by all that its result follows from."""
+    encoder, training, prediction = (
+        section.model_dump(mode="json") for section in (recipe.encoder, recipe.training, recipe.prediction)
+    )
+    # What does nothing beside the other settings counts as it is by default.
+    for name in idle_settings(recipe.training.mining):
+        training["mining"][name] = MiningSection.model_fields[name].default
+    if not recipe.training.evaluation.every:
+        training["evaluation"] = EvaluationSection().model_dump(mode="json")
+        if not recipe.training.mining.on:  # nothing is embedded
+            encoder["batch_size"] = EncoderSection.model_fields["batch_size"].default
+    prediction["k"] = PredictionSection.model_fields["k"].default  # held-out rows are measured to a depth of their own
     chosen_by: list[Any] | None = None
     if recipe.training.evaluation.every:
         section = recipe.corpus
         # The filter pairs are in the split's fingerprint, not in the corpus's.
-        chosen_by = [section.propensity_a, section.propensity_b, corpus.train.fingerprint]
-        chosen_by.append(recipe.prediction.model_dump(mode="json"))
+        chosen_by = [section.propensity_a, section.propensity_b, corpus.train.fingerprint, prediction]
     parts: list[Any] = [
-        recipe.encoder.model_dump(mode="json") | _model_files(recipe.encoder.model),
-        recipe.training.model_dump(mode="json"),
+        encoder | _model_files(recipe.encoder.model),
+        training,
         chosen_by,
         recipe.cluster.workers,
         corpus.fingerprint,
