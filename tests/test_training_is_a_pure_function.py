@@ -134,11 +134,15 @@ def test_the_curves_can_be_looked_at(undisturbed: tuple) -> None:
 
 
 def test_what_no_run_can_go_on_from_is_deleted(tiny_corpus: Path, tmp_path: Path) -> None:
-    overrides = ["cluster.workers=1", "cluster.checkpoint_every=7", "cluster.checkpoints_kept=1", "training.epochs=4"]
-    run(tiny_corpus, tmp_path, [*overrides, "training.mining.batches=neighbours"])
+    """Four epochs of six steps, of which the first is the best: its checkpoint stays, and a run that went on from it
+    would look for new neighbours. Of the others only step 15's is there as the last epoch begins."""
+    overrides = ["cluster.workers=1", "cluster.checkpoint_every=5", "cluster.checkpoints_kept=1", "training.epochs=4"]
+    overrides += ["training.mining.batches=neighbours", "training.learning_rate=1e-9"]
+    _, state = run(tiny_corpus, tmp_path, [*overrides, "training.evaluation={every: 1, holdout: 0.2}"])
+    assert state.best_step == 6
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000006", "step-00000024"]
     kept = sorted(path.name for path in (tmp_path / "mined").iterdir())
-    assert "epoch-00000.safetensors" not in kept
-    assert "epoch-00003.safetensors" in kept
+    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors"]
 
 
 def test_it_stops_early_where_nothing_gets_better(tiny_corpus: Path, tmp_path: Path) -> None:

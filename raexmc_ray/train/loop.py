@@ -131,7 +131,7 @@ class Loop:
         self.encoder.train()
         while not self.state.finished:
             epoch, first = divmod(self.state.step, self.sampler.steps)
-            self._begin(epoch, first)
+            self._begin(epoch)
             self._train_epoch(epoch, first)
         self.checkpoints.wait()
         return self.state
@@ -154,32 +154,39 @@ class Loop:
         if self.rank == 0:
             self.curves = Curves(self.folder, self.state.step)
 
-    def _begin(self, epoch: int, first: int) -> None:
+    def _begin(self, epoch: int) -> None:
         """Have the hard negatives of this epoch: look them up where they are due, else read what was found."""
         mining = self.settings.mining
         if not mining.on:
             return
-        due = epoch - epoch % mining.every
-        file = self.folder / "mined" / _mined_name(due)
-        if epoch == due and first == 0:
+        mined_in = self._mined_in(self.state.step)
+        file = self.folder / "mined" / _mined_name(epoch if mined_in is None else mined_in)
+        if mined_in is None:
             with self.meter("mining"):
                 instances, labels = self._embed()
                 rng = np.random.default_rng([self.settings.seed, epoch, 1])
                 mined = mine(instances, labels, self.data.relevance, mining, rng)
             if self.rank == 0:
                 file.write(save({"grouped": mined.grouped, "groups": mined.groups, "labels": mined.labels}))
-                self._drop_old_mined()
+                self._drop_old_mined(epoch)
         else:
             mined = Mined(**load(file.read()))
         self.sampler.use(mined)
 
-    def _drop_old_mined(self) -> None:
-        """Delete what was mined before any checkpoint that is still there: no run goes on from it."""
-        oldest = min(self.checkpoints.steps(), default=0) // self.sampler.steps
-        needed = _mined_name(oldest - oldest % self.settings.mining.every)
+    def _mined_in(self, step: int) -> int | None:
+        """The epoch whose hard negatives a run goes on with after so many steps; None where it looks for new ones."""
+        epoch, first = divmod(step, self.sampler.steps)
+        due = epoch - epoch % self.settings.mining.every
+        return None if epoch == due and first == 0 else due
+
+    def _drop_old_mined(self, epoch: int) -> None:
+        """Delete what was mined but in this epoch, and in those that a checkpoint goes on with."""
+        self.checkpoints.wait()  # one may be on its way
+        needed = {epoch, *map(self._mined_in, self.checkpoints.steps())}
+        names = {_mined_name(one) for one in needed if one is not None}
         folder = self.folder / "mined"
         for name in folder.names():
-            if name < needed:
+            if name not in names:
                 folder.filesystem.delete_file((folder / name).path)
 
     def _train_epoch(self, epoch: int, first: int) -> None:
