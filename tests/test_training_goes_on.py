@@ -17,14 +17,17 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 import yaml
 from conftest import ROOT, tiny_settings
 from helpers import MODEL
 from safetensors.numpy import load_file
 
 from raexmc_ray.corpus import read_corpus
+from raexmc_ray.embed import load_encoder
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
+from raexmc_ray.memory.build import build
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import SEAL
 from raexmc_ray.train.trainer import LOCK, train, trained_encoder
@@ -63,6 +66,18 @@ def test_a_run_killed_before_its_encoder_was_published_only_publishes_it(tiny_ru
     shutil.rmtree(folder)
     assert Path(train(tiny_run, corpus).path) == folder
     assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_no_memory_is_built_with_a_trained_encoder_that_was_altered(tiny_run: Recipe, tmp_path: Path) -> None:
+    corpus = read_corpus(tiny_run.corpus.path)
+    folder = Folder.at(tmp_path / "encoder")
+    shutil.copytree(trained_encoder(tiny_run, corpus).path, folder.path)
+    encoder = load_encoder(folder)
+    with torch.no_grad():
+        encoder.words[0, 0] += 1
+    encoder.save(folder.path)
+    with pytest.raises(ValueError, match=r"encoder/trained\.json: .* remove .*encoder, and `raexmc train`"):
+        build(tiny_run, corpus, folder)
 
 
 def test_an_interrupt_means_after_the_training_what_it_meant_before(tiny_run: Recipe) -> None:

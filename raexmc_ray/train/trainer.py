@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import signal
 import threading
 import uuid
@@ -24,19 +25,19 @@ from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.embed import stage
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder, Scratch, describe_file
+from raexmc_ray.files import Folder, describe_file
 from raexmc_ray.metrics import inverse_propensity
 from raexmc_ray.recipe import EncoderSection, EvaluationSection, MiningSection, PredictionSection, Recipe
 from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
 from raexmc_ray.train.curves import PICTURE, draw_curves, read_curves
 from raexmc_ray.train.loop import TrainingData
 from raexmc_ray.train.plan import Plan, idle_settings, refuse, warn_of_idle, worker_bytes
+from raexmc_ray.train.published import DONE
 from raexmc_ray.train.tokens import tokenize_on_cluster
 from raexmc_ray.train.validate import HeldOut
 from raexmc_ray.train.watch import Failures, ProgressActor, Watcher, workers_failed
 from raexmc_ray.train.worker import MARK, flatten, train_worker
 
-DONE = "trained.json"
 LOCK = "lock"
 MODEL_FILES = {".json", ".safetensors", ".txt", ".model"}
 """What config, weights and tokenizer of a model are in, by suffix."""
@@ -276,10 +277,9 @@ def _same_interrupt() -> Iterator[None]:
 
 
 def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe, corpus: Corpus) -> None:
-    with Scratch() as scratch:
-        local = best.encoder.local(scratch)
-        fingerprint = TextEncoder.load(str(local)).fingerprint
-        target.upload(local)
+    fingerprint = TextEncoder.load(best.encoder.path).fingerprint
+    with target.filling() as local:
+        shutil.copytree(best.encoder.path, local, dirs_exist_ok=True)
     details = {
         "fingerprint": fingerprint,
         "corpus": corpus.fingerprint,
