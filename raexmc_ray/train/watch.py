@@ -1,4 +1,7 @@
-"""Ray: the driver follows the workers: how far they are, what they wait for, why one was lost, what ends the run."""
+"""Ray: the driver follows the workers: how far they are, what they wait for, why one was lost, what ends the run.
+
+Light, for Ray Train's controller imports it.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import TrainingFailedError, UserCallback
 
 from raexmc_ray.progress import Progress
 from raexmc_ray.train.errors import WorkersFailedError
-from raexmc_ray.train.plan import Plan
+
+if TYPE_CHECKING:
+    from raexmc_ray.train.plan import Plan
 
 POLL_S = 0.5
 BUSY_S = 30.0
