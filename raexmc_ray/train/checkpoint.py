@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder, Scratch, describe_file
+from raexmc_ray.files import Folder, describe_file
 
 ENCODER, OPTIMIZER, STATE, SEAL = "encoder", "optimizer.safetensors", "state.json", "checkpoint.json"
 logger = logging.getLogger("raexmc_ray")
@@ -42,14 +42,11 @@ class Checkpoint:
     def encoder(self) -> Folder:
         return self.folder / ENCODER
 
-    def restore(self, encoder: TextEncoder, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def restore(self, encoder: TextEncoder, optimizer: torch.optim.Optimizer) -> None:
         """Give an encoder of the same shape, and its optimiser, the weights that they had."""
-        with Scratch() as scratch:
-            folder = self.folder.local(scratch)
-            saved = TextEncoder.load(str(folder / ENCODER))
-            encoder.load_state_dict(saved.state_dict())
-            if optimizer is not None:
-                _restore_optimizer(optimizer, load_file(folder / OPTIMIZER))
+        saved = TextEncoder.load(self.encoder.path)
+        encoder.load_state_dict(saved.state_dict())
+        _restore_optimizer(optimizer, load_file((self.folder / OPTIMIZER).path))
 
 
 class Checkpoints:

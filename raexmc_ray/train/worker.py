@@ -102,7 +102,6 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
         return
     if rank == 0:
         ray.get(progress.update.remote(state.step, {}))
-    ray.train.report({"step": state.step})
 
 
 def count_strangers(mark: Folder, content: str, device: torch.device) -> int:
