@@ -18,6 +18,7 @@ from _training import RECIPE
 
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.recipe import Recipe
+from raexmc_ray.train.loop import agree_on_precision
 from raexmc_ray.train.sampler import Sampler
 from raexmc_ray.train.step import accumulate_gradients, make_optimizer, prepare
 from raexmc_ray.train.worker import make_encoder
@@ -33,6 +34,7 @@ def measure(batch: int, cached: bool) -> dict[str, float]:
     recipe = Recipe.load(RECIPE, overrides)
     corpus = read_corpus(recipe.corpus.path, recipe.corpus.fields)
     encoder = make_encoder(recipe, torch.device("cpu")).train()
+    encoder.place(encoder.device, getattr(torch, agree_on_precision(recipe.training.precision, encoder.device)))
     instances = encoder.tokenize(corpus.train.texts["text"].to_pylist())
     labels = encoder.tokenize(corpus.labels["text"].to_pylist())
     sampler = Sampler(corpus.train.relevance, batch, 1, 0)

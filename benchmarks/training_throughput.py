@@ -23,6 +23,7 @@ from _training import RECIPE, WARM_UP, cut, trainer_rate
 from raexmc_ray.cluster import connected
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.recipe import Recipe
+from raexmc_ray.train.loop import agree_on_precision
 from raexmc_ray.train.sampler import Sampler
 from raexmc_ray.train.step import concatenate, make_optimizer
 from raexmc_ray.train.worker import make_encoder
@@ -39,6 +40,7 @@ def loop_rate(in_chunks: bool) -> float:
     settings = recipe.training
     corpus = cut(read_corpus(recipe.corpus.path, recipe.corpus.fields))
     encoder = make_encoder(recipe, torch.device("cpu")).train()
+    encoder.place(encoder.device, getattr(torch, agree_on_precision(settings.precision, encoder.device)))
     texts, labels = (encoder.tokenize(t["text"].to_pylist()) for t in (corpus.train.texts, corpus.labels))
     sampler = Sampler(corpus.train.relevance, settings.batch_size, 1, 0)
     optimizer = make_optimizer(encoder, settings)

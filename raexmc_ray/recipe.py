@@ -153,7 +153,8 @@ class TrainingSection(Section):
     objective: ObjectiveSection = ObjectiveSection()
     """What is contrasted with what."""
     precision: Precision = "auto"
-    """Of the forward and backward pass; `auto` is bfloat16 where the hardware computes it natively."""
+    """Of the forward and backward pass; `auto` is bfloat16 where the hardware of all workers of the run's first start
+    computes it natively."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Of every dropout layer; what the model brings where it is left out."""
     chunk_size: int = Field(64, ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import threading
@@ -56,6 +57,43 @@ def test_it_brings_everything_back(trained: tuple, tmp_path: Path) -> None:
     step(other, restored)
     assert torch.equal(weights(other), after), "the moments are back, too"
     assert torch.equal(weights(TextEncoder.load(found.encoder.path)), before), "an encoder like any other"
+
+
+def test_what_is_brought_back_does_not_hang_on_the_file(trained: tuple, tmp_path: Path) -> None:
+    encoder, optimizer = trained
+    checkpoints = Checkpoints(Folder.at(tmp_path), keep=2)
+    checkpoints.write(7, encoder, optimizer, {"step": 7, "best_step": -1})
+    checkpoints.wait()
+    found = checkpoints.latest()
+    assert found is not None
+    found.restore(encoder, optimizer)
+    moments = optimizer.state_dict()["state"].values()
+    gc.collect()  # of the encoder that was read
+    maps = Path("/proc/self/maps").read_text()
+    assert str(tmp_path) not in maps, "no map of it is left"
+    assert all(moment["exp_avg_sq"].any() for moment in moments)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(
+    trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove = Folder.remove
+
+    def fail(folder: Folder) -> None:
+        if folder.name == "step-00000001":
+            raise OSError("Directory not empty")
+        remove(folder)
+
+    checkpoints = Checkpoints(Folder.at(tmp_path), keep=1)
+    checkpoints.write(1, *trained, {"step": 1, "best_step": -1})
+    checkpoints.wait()
+    monkeypatch.setattr(Folder, "remove", fail)
+    for number in (2, 3):
+        checkpoints.write(number, *trained, {"step": number, "best_step": -1})
+    checkpoints.wait()
+    assert "step-00000001: this old checkpoint could not be deleted (Directory not empty)" in caplog.text
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000003"]
+    assert checkpoints.open(1) is None, "it is not whole"
 
 
 def test_what_is_torn_or_altered_is_passed_over(

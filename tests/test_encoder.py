@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raexmc_ray.encoder import SETTINGS_FILE, TextEncoder, Tokens
-from raexmc_ray.train.tokens import tokenize_on_cluster
+from raexmc_ray.train.tokens import _tokenize_block, tokenize_on_cluster
 
 TEXTS = [
     "vim",
@@ -97,6 +98,25 @@ def test_a_cluster_makes_the_same_tokens(ray_cluster: str, monkeypatch: pytest.M
     expected = tiny_encoder().tokenize(texts)
     assert np.array_equal(tokens.ids, expected.ids)
     assert np.array_equal(tokens.offsets, expected.offsets)
+
+
+@pytest.mark.ray
+def test_a_task_that_makes_tokens_has_no_threads_beside_its_own(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize = _tokenize_block
+
+    def counted(block: pa.Table, tokenizer: str) -> pa.Table:
+        before = len(os.listdir("/proc/self/task"))
+        tokens = tokenize(block, tokenizer)
+        with (tmp_path / "more").open("a") as file:
+            file.write(f"{len(os.listdir('/proc/self/task')) - before} ")
+        return tokens
+
+    monkeypatch.setattr("raexmc_ray.train.tokens.BLOCK", 64)
+    monkeypatch.setattr("raexmc_ray.train.tokens._tokenize_block", counted)
+    tokenize_on_cluster(tiny_encoder(), pa.chunked_array([["some text"] * 128]), "texts")
+    assert (tmp_path / "more").read_text() == "0 0 "
 
 
 def test_more_text_than_one_arrow_array_holds_is_cut_for_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

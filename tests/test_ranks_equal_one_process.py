@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ranks import run_ranks
 
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.recipe import MiningSection, TrainingSection
+from raexmc_ray.train.loop import agree_on_precision
 from raexmc_ray.train.mining import Part, mine, search
 from raexmc_ray.train.sampler import Mined, Sampler
 from raexmc_ray.train.step import accumulate_gradients, prepare
@@ -73,6 +75,17 @@ def test_gradient_caching_encodes_with_the_same_dropout() -> None:
     assert_same(gradients(0, 1, {"gradient_cache": True}, 0.2), plain, 1e-6)
     with pytest.raises(AssertionError):
         assert_same(gradients(0, 1, {}, 0.0), plain, 1e-2)
+
+
+def agreed(rank: int, ranks: int, able: list[bool]) -> dict[str, Any]:
+    """Whether ranks of these abilities compute in bfloat16."""
+    with mock.patch("raexmc_ray.train.loop.bfloat16_is_native", return_value=able[rank]):
+        return {"bfloat16": agree_on_precision("auto", torch.device("cpu")) == "bfloat16"}
+
+
+@pytest.mark.parametrize("able", [[True, True], [True, False]])
+def test_all_ranks_compute_in_the_same_precision(able: list[bool], tmp_path: Path) -> None:
+    assert [found["bfloat16"] for found in run_ranks(agreed, 2, tmp_path, able)] == [all(able)] * 2
 
 
 VECTORS = unit_rows(np.random.default_rng(0), 45, 6)

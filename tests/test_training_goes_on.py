@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,12 +17,17 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 import yaml
 from conftest import ROOT, tiny_settings
+from helpers import MODEL
 from safetensors.numpy import load_file
 
 from raexmc_ray.corpus import read_corpus
+from raexmc_ray.embed import load_encoder
+from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
+from raexmc_ray.memory.build import build
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.checkpoint import SEAL
 from raexmc_ray.train.trainer import LOCK, train, trained_encoder
@@ -40,6 +46,18 @@ def test_the_encoder_is_published_and_not_trained_twice(tiny_run: Recipe) -> Non
         trained_encoder(other, corpus)
 
 
+def test_workers_start_from_the_encoder_that_the_driver_read(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They work in another folder, where this name is none."""
+    TextEncoder.load(MODEL, layers=1, max_tokens=16).save(tmp_path / "models/mine")
+    monkeypatch.chdir(tmp_path)
+    overrides = ["encoder.model=models/mine", "cluster.max_failures=0"]
+    recipe = Recipe.parse(tiny_settings(Path(tiny_run.corpus.path), tmp_path / "run"), overrides)
+    corpus = read_corpus(recipe.corpus.path)
+    assert same_weights(train(recipe, corpus), trained_encoder(tiny_run, corpus)), "it is the same encoder"
+
+
 @pytest.mark.slow
 def test_a_run_killed_before_its_encoder_was_published_only_publishes_it(tiny_run: Recipe) -> None:
     corpus = read_corpus(tiny_run.corpus.path)
@@ -48,6 +66,18 @@ def test_a_run_killed_before_its_encoder_was_published_only_publishes_it(tiny_ru
     shutil.rmtree(folder)
     assert Path(train(tiny_run, corpus).path) == folder
     assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_no_memory_is_built_with_a_trained_encoder_that_was_altered(tiny_run: Recipe, tmp_path: Path) -> None:
+    corpus = read_corpus(tiny_run.corpus.path)
+    folder = Folder.at(tmp_path / "encoder")
+    shutil.copytree(trained_encoder(tiny_run, corpus).path, folder.path)
+    encoder = load_encoder(folder)
+    with torch.no_grad():
+        encoder.words[0, 0] += 1
+    encoder.save(folder.path)
+    with pytest.raises(ValueError, match=r"encoder/trained\.json: .* remove .*encoder, and `raexmc train`"):
+        build(tiny_run, corpus, folder)
 
 
 def test_an_interrupt_means_after_the_training_what_it_meant_before(tiny_run: Recipe) -> None:
@@ -94,7 +124,11 @@ def workers_of(process: psutil.Process) -> list[psutil.Process]:
 
 
 @pytest.mark.faults
-def test_a_killed_worker_changes_nothing_in_the_result(tiny_run: Recipe, tmp_path: Path) -> None:
+def test_a_killed_worker_changes_nothing_in_the_result(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And it is said: that it was lost, that a new one is waited for, and where the training starts again."""
+    monkeypatch.setattr("raexmc_ray.train.watch.BUSY_S", 0.0)
     settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path)
     settings["cluster"] |= CHECKPOINTS
     recipe = Recipe.parse(settings)
@@ -110,6 +144,12 @@ def test_a_killed_worker_changes_nothing_in_the_result(tiny_run: Recipe, tmp_pat
     encoder = train(recipe, read_corpus(recipe.corpus.path))
     killer.join()
     assert killed, "the test must kill a worker"
+    said = [
+        r"worker \d failed \(\w+: .*\): the workers start again",
+        "no worker has begun again",
+        "again from step [1-9]",
+    ]
+    assert re.search("(?s).*".join(said), caplog.text), caplog.text
     assert same_weights(encoder, trained_encoder(tiny_run, read_corpus(tiny_run.corpus.path)))
 
 
@@ -164,7 +204,7 @@ def test_a_busy_cluster_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Another job has three of four CPUs until the warning is there; then the training runs."""
-    monkeypatch.setattr("raexmc_ray.train.trainer.BUSY_S", 2.0)
+    monkeypatch.setattr("raexmc_ray.train.watch.BUSY_S", 2.0)
     settings = tiny_settings(Path(tiny_run.corpus.path), tmp_path, workers=1)
     recipe = Recipe.parse(settings, ["cluster.cpus_per_worker=2"])
     corpus = read_corpus(recipe.corpus.path)

@@ -134,11 +134,15 @@ def test_the_curves_can_be_looked_at(undisturbed: tuple) -> None:
 
 
 def test_what_no_run_can_go_on_from_is_deleted(tiny_corpus: Path, tmp_path: Path) -> None:
-    overrides = ["cluster.workers=1", "cluster.checkpoint_every=7", "cluster.checkpoints_kept=1", "training.epochs=4"]
-    run(tiny_corpus, tmp_path, [*overrides, "training.mining.batches=neighbours"])
+    """Four epochs of six steps, of which the first is the best: its checkpoint stays, and a run that went on from it
+    would look for new neighbours. Of the others only step 15's is there as the last epoch begins."""
+    overrides = ["cluster.workers=1", "cluster.checkpoint_every=5", "cluster.checkpoints_kept=1", "training.epochs=4"]
+    overrides += ["training.mining.batches=neighbours", "training.learning_rate=1e-9"]
+    _, state = run(tiny_corpus, tmp_path, [*overrides, "training.evaluation={every: 1, holdout: 0.2}"])
+    assert state.best_step == 6
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000006", "step-00000024"]
     kept = sorted(path.name for path in (tmp_path / "mined").iterdir())
-    assert "epoch-00000.safetensors" not in kept
-    assert "epoch-00003.safetensors" in kept
+    assert kept == ["epoch-00002.safetensors", "epoch-00003.safetensors"]
 
 
 def test_it_stops_early_where_nothing_gets_better(tiny_corpus: Path, tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_it_stops_early_where_nothing_gets_better(tiny_corpus: Path, tmp_path: P
     assert run(tiny_corpus, tmp_path, overrides)[1] == state, "and stays stopped"
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "update"])
 def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path: Path) -> None:
     overrides = ["cluster.workers=1", "cluster.checkpoint_every=2", "training.evaluation={every: 9, holdout: 0.2}"]
     recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), overrides)
@@ -165,6 +169,8 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
         weight = next(encoder.parameters())
         if step == 3 and where == "loss":
             weight.data.fill_(np.nan)
+        elif step == 3 and where == "update":  # of a step in which a checkpoint is due
+            loop.optimizer.register_step_post_hook(lambda *_: weight.data[0].fill_(np.nan))
         elif step == 3:
             list(encoder.parameters())[-1].register_hook(lambda gradient: gradient * np.inf)
 
@@ -173,7 +179,7 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
     with pytest.raises(NonFiniteLossError) as error:
         loop.run()
     said = str(error.value)
-    assert "in step 4" in said
+    assert "not finite in step 4" in said or "weights are not finite after step 4" in said
     kept = np.setdiff1d(np.arange(len(corpus.train)), corpus.held_out_places(0.2, seed=1))
     uids = corpus.train.texts["uid"].take(kept[loop.sampler.rows(0, 3)]).to_pylist()
     assert json.dumps(uids) in said, "what is in the batch, as the corpus names it"
@@ -201,6 +207,12 @@ def test_whatever_a_run_follows_from_names_it(tiny_corpus: Path, tmp_path: Path)
     ]
     assert len({unwatched, *watched}) == 6, "what the held-out figures follow from chooses the encoder"
     assert key("corpus.propensity_a=0.6", corpus=filtered) == unwatched, "where there are any"
+    embedded = [key("encoder.batch_size=32", on) for on in (watch, "training.mining.labels=1")]
+    assert len({unwatched, key(watch), key("training.mining.labels=1"), *embedded}) == 5
+    idle = ["encoder.batch_size=32", "training.mining={group: 4, depth: 50, every: 2}", "prediction.k=5"]
+    idle.append("training.evaluation={holdout: 0.3, metric: P@5}")
+    assert {key(setting) for setting in idle} == {unwatched}, "what does nothing is left out"
+    assert key(watch, "prediction.k=5") == key(watch)
     (model / "README.md").write_text("about it")
     assert key() == unwatched
     with torch.no_grad():
@@ -219,6 +231,19 @@ def test_a_compiled_encoder_trains_alike(tiny_corpus: Path, tmp_path: Path) -> N
     losses = [[line["loss"] for line in read_curves(Folder.at(tmp_path / name))] for name in ("plain", "compiled")]
     assert len(losses[0]) > 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_run_goes_on_in_the_precision_in_which_it_began(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["cluster.workers=1", "cluster.checkpoint_every=1", "training.epochs=1", "training.batch_size=80"]
+    monkeypatch.setattr("raexmc_ray.train.loop.bfloat16_is_native", lambda device: True)
+    with pytest.raises(StoppedError):
+        run(tiny_corpus, tmp_path, overrides, stop_at=2)
+    monkeypatch.setattr("raexmc_ray.train.loop.bfloat16_is_native", lambda device: False)
+    loop, state = run(tiny_corpus, tmp_path, overrides)
+    assert (loop.encoder.precision, state.precision) == ("bfloat16", "bfloat16")
+    assert run(tiny_corpus, tmp_path / "other", overrides)[1].precision == "float32"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])

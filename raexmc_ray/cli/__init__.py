@@ -18,6 +18,7 @@ from raexmc_ray.cli.memory import inspect, plan
 from raexmc_ray.cli.output import print_answer, print_plain
 from raexmc_ray.cli.serving import rollback, rollout, serve
 from raexmc_ray.serve.errors import DeploymentFailedError
+from raexmc_ray.train.errors import WorkersFailedError
 
 __all__ = ["app", "main", "print_answer", "print_plain"]
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     trace."""
     try:
         app(arguments)
-    except (ValueError, OSError, ArithmeticError, DeploymentFailedError) as error:
+    except (ValueError, OSError, ArithmeticError, DeploymentFailedError, WorkersFailedError) as error:
         Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -29,6 +29,7 @@ from raexmc_ray.memory.write import (
 )
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
+from raexmc_ray.train.published import refuse_altered
 
 
 def build(recipe: Recipe, corpus: Corpus, encoder: Folder, *, trained: bool = True) -> str:
@@ -37,11 +38,13 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder, *, trained: bool = Tr
     encoder: a folder that every node sees. trained: by this recipe; where it was not, the recipe's training is left out
     of what is recorded. The same recipe, corpus and encoder make the same snapshot: a run that was stopped goes on, and
     one that is finished is only made the current one again. Raises ValueError where no node has room for what must run
-    on one.
+    on one, and for a trained encoder that was altered since.
     """
     storage = Folder.at(recipe.cluster.storage)
     table = key_table(corpus)
-    tower = key_encoder(load_encoder(encoder), table, recipe.memory)
+    given = load_encoder(encoder)
+    refuse_altered(encoder, given.fingerprint)
+    tower = key_encoder(given, table, recipe.memory)
     plan = SnapshotPlan.of(storage / "memory", corpus, tower, recipe.memory, recipe.prediction)
     if published_before(plan, corpus, tower, recipe.prediction):
         return plan.id

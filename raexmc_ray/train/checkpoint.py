@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder, Scratch, describe_file
+from raexmc_ray.files import Folder, describe_file
 
 ENCODER, OPTIMIZER, STATE, SEAL = "encoder", "optimizer.safetensors", "state.json", "checkpoint.json"
 logger = logging.getLogger("raexmc_ray")
@@ -42,14 +42,11 @@ class Checkpoint:
     def encoder(self) -> Folder:
         return self.folder / ENCODER
 
-    def restore(self, encoder: TextEncoder, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def restore(self, encoder: TextEncoder, optimizer: torch.optim.Optimizer) -> None:
         """Give an encoder of the same shape, and its optimiser, the weights that they had."""
-        with Scratch() as scratch:
-            folder = self.folder.local(scratch)
-            saved = TextEncoder.load(str(folder / ENCODER))
-            encoder.load_state_dict(saved.state_dict())
-            if optimizer is not None:
-                _restore_optimizer(optimizer, load_file(folder / OPTIMIZER))
+        saved = TextEncoder.load(self.encoder.path)
+        encoder.load_state_dict(saved.state_dict())
+        _restore_optimizer(optimizer, load_file((self.folder / OPTIMIZER).path))
 
 
 class Checkpoints:
@@ -122,8 +119,7 @@ class Checkpoints:
 
     def _write(self, step: int, save: Callable[[Path], None]) -> None:
         folder = self.at(step)
-        if (folder / SEAL).size() is not None:  # of an earlier life of this run: about to be replaced by its equal
-            folder.filesystem.delete_file((folder / SEAL).path)
+        (folder / SEAL).remove_file()  # of an earlier life of this run: about to be replaced by its equal
         folder.remove()
         with folder.filling() as local:
             save(local)
@@ -142,9 +138,13 @@ class Checkpoints:
         for step in self.steps():
             if step not in kept:
                 folder = self.at(step)
-                if (folder / SEAL).size() is not None:
-                    folder.filesystem.delete_file((folder / SEAL).path)
-                folder.filesystem.delete_dir(folder.path)
+                try:
+                    (folder / SEAL).remove_file()
+                    folder.remove()
+                except OSError as error:  # NFS keeps a file that some process has open; the next write tries again
+                    logger.warning(
+                        "%s: this old checkpoint could not be deleted (%s): it only takes space", folder, error
+                    )
 
     def _best_of(self, step: int) -> int:
         """The step of the best checkpoint that this one names; −1 where it is damaged: no run goes on from it."""
@@ -155,8 +155,9 @@ class Checkpoints:
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Give it these moments: copies, for the tensors are maps of a file that will be deleted, and it keeps them."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+        state.setdefault(int(index), {})[key] = tensor.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

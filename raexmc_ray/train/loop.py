@@ -22,12 +22,12 @@ import scipy.sparse as sp
 import torch
 from safetensors.numpy import load, save
 
-from raexmc_ray.encoder import TextEncoder, Tokens
+from raexmc_ray.encoder import TextEncoder, Tokens, bfloat16_is_native
 from raexmc_ray.files import Folder
-from raexmc_ray.recipe import Recipe
+from raexmc_ray.recipe import Precision, Recipe
 from raexmc_ray.train.checkpoint import Checkpoints
 from raexmc_ray.train.curves import Curves
-from raexmc_ray.train.gather import from_first
+from raexmc_ray.train.gather import from_first, sum_over_ranks
 from raexmc_ray.train.meter import Meter
 from raexmc_ray.train.mining import Part, embed_part, mine
 from raexmc_ray.train.sampler import Mined, Sampler
@@ -80,10 +80,12 @@ class State:
     worse: int = 0
     """Evaluations since the best one."""
     finished: bool = False
+    precision: Precision | None = None
+    """What all ranks compute in; None before it is agreed on. Kept, for the next start may be on other hardware."""
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss or a gradient is not finite: the same steps would end there again, so nothing is retried."""
+    """The loss, a gradient or a weight is not finite: the same steps would end there again, so nothing is retried."""
 
 
 class Loop:
@@ -100,7 +102,7 @@ class Loop:
         ranks: int = 1,
     ) -> None:
         """encoder: on its device, with the weights that a new run starts from. folder: of this run alone.
-        report: told (steps done, figures) after each step."""
+        report: told (steps done, figures) after each step, and, without figures, where the run begins or goes on."""
         settings = recipe.training
         self.recipe, self.settings, self.data, self.encoder = recipe, settings, data, encoder
         self.folder, self.rank, self.ranks, self.report = folder, rank, ranks, report
@@ -125,16 +127,17 @@ class Loop:
     def run(self) -> State:
         """Go on from the newest whole checkpoint to the end. Raises NonFiniteLossError."""
         self._resume()
+        self.report(self.state.step, {})
         self.encoder.train()
         while not self.state.finished:
             epoch, first = divmod(self.state.step, self.sampler.steps)
-            self._begin(epoch, first)
+            self._begin(epoch)
             self._train_epoch(epoch, first)
         self.checkpoints.wait()
         return self.state
 
     def _resume(self) -> None:
-        """Every rank takes the checkpoint that the first one found."""
+        """Every rank takes the checkpoint that the first one found, and computes in the same precision."""
         found = self.checkpoints.latest() if self.rank == 0 else None
         step = int(from_first(torch.tensor(found.step if found else -1, device=self.encoder.device)))
         checkpoint = found if self.rank == 0 else self.checkpoints.open(step)
@@ -146,35 +149,44 @@ class Loop:
                 )
             checkpoint.restore(self.encoder, self.optimizer)
             self.state = State(**checkpoint.state)
+        self.state.precision = self.state.precision or agree_on_precision(self.settings.precision, self.encoder.device)
+        self.encoder.place(self.encoder.device, getattr(torch, self.state.precision))
         if self.rank == 0:
             self.curves = Curves(self.folder, self.state.step)
 
-    def _begin(self, epoch: int, first: int) -> None:
+    def _begin(self, epoch: int) -> None:
         """Have the hard negatives of this epoch: look them up where they are due, else read what was found."""
         mining = self.settings.mining
         if not mining.on:
             return
-        due = epoch - epoch % mining.every
-        file = self.folder / "mined" / _mined_name(due)
-        if epoch == due and first == 0:
+        mined_in = self._mined_in(self.state.step)
+        file = self.folder / "mined" / _mined_name(epoch if mined_in is None else mined_in)
+        if mined_in is None:
             with self.meter("mining"):
                 instances, labels = self._embed()
                 rng = np.random.default_rng([self.settings.seed, epoch, 1])
                 mined = mine(instances, labels, self.data.relevance, mining, rng)
             if self.rank == 0:
                 file.write(save({"grouped": mined.grouped, "groups": mined.groups, "labels": mined.labels}))
-                self._drop_old_mined()
+                self._drop_old_mined(epoch)
         else:
             mined = Mined(**load(file.read()))
         self.sampler.use(mined)
 
-    def _drop_old_mined(self) -> None:
-        """Delete what was mined before any checkpoint that is still there: no run goes on from it."""
-        oldest = min(self.checkpoints.steps(), default=0) // self.sampler.steps
-        needed = _mined_name(oldest - oldest % self.settings.mining.every)
+    def _mined_in(self, step: int) -> int | None:
+        """The epoch whose hard negatives a run goes on with after so many steps; None where it looks for new ones."""
+        epoch, first = divmod(step, self.sampler.steps)
+        due = epoch - epoch % self.settings.mining.every
+        return None if epoch == due and first == 0 else due
+
+    def _drop_old_mined(self, epoch: int) -> None:
+        """Delete what was mined but in this epoch, and in those that a checkpoint goes on with."""
+        self.checkpoints.wait()  # one may be on its way
+        needed = {epoch, *map(self._mined_in, self.checkpoints.steps())}
+        names = {_mined_name(one) for one in needed if one is not None}
         folder = self.folder / "mined"
         for name in folder.names():
-            if name < needed:
+            if name not in names:
                 folder.filesystem.delete_file((folder / name).path)
 
     def _train_epoch(self, epoch: int, first: int) -> None:
@@ -183,7 +195,7 @@ class Loop:
             with self.meter("data"):
                 prepared = next(batches)
             rate = self._step(prepared)
-            self._after_step(rate)
+            self._after_step(rate, prepared.batch.rows_B)
             self._tell_time()
 
     def _tell_time(self) -> None:
@@ -218,7 +230,8 @@ class Loop:
         loss = accumulate_gradients(self.encoder, prepared, self.settings, self.meter).item()
         with self.meter("optimizer"):
             if not (math.isfinite(loss) and math.isfinite(gradient_norm(self.encoder).item())):
-                raise self._not_finite(loss, prepared.batch.rows_B)
+                said = f"the loss is {loss} or its gradient is not finite in step {self.state.step + 1}"
+                raise self._not_finite(said, prepared.batch.rows_B)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.meter.count(len(prepared.batch.rows_B), prepared.tokens, prepared.cells)
@@ -226,8 +239,8 @@ class Loop:
         self.state.step += 1
         return rate
 
-    def _after_step(self, rate: float) -> None:
-        """Evaluate, note and save what is due after a step."""
+    def _after_step(self, rate: float, rows_B: np.ndarray) -> None:
+        """Evaluate, note and save what is due after a step on these rows."""
         step = self.state.step
         epoch, rest = divmod(step, self.sampler.steps)
         every = self.settings.evaluation.every
@@ -238,10 +251,12 @@ class Loop:
                 self.curves.add(step, figures | {"loss": float(np.mean(self._losses))} | self.meter.read())
             self._losses.clear()
         evaluated = bool(every) and rest == 0 and (epoch % every == 0 or step == self.steps)
+        due = step % self.recipe.cluster.checkpoint_every == 0
+        if (due or evaluated or step == self.steps) and self._weights_are_broken():
+            raise self._not_finite(f"weights are not finite after step {step}", rows_B)
         if evaluated:
             self._evaluate()
         self.state.finished |= step == self.steps
-        due = step % self.recipe.cluster.checkpoint_every == 0
         if due or self.state.finished or (evaluated and self.state.best_step == step):
             self._save()
 
@@ -277,17 +292,34 @@ class Loop:
             self._parts = self.state.step, instances, labels
         return self._parts[1:]
 
-    def _not_finite(self, loss: float, rows_B: np.ndarray) -> NonFiniteLossError:
+    def _weights_are_broken(self) -> bool:
+        """Whether any rank has a weight that is not finite: a step may break them whose loss and gradient are finite.
+        Looked at only where a checkpoint may be written, for it reads all of them."""
+        finite = torch.stack([torch.isfinite(p).all() for p in self.encoder.parameters()]).all()
+        broken = (~finite).float()
+        sum_over_ranks([broken])
+        return bool(broken)
+
+    def _not_finite(self, said: str, rows_B: np.ndarray) -> NonFiniteLossError:
         self.checkpoints.wait()
         checkpoint = self.checkpoints.latest()
         if self.rank == 0:
             self.curves.write()  # what led there
         return NonFiniteLossError(
-            f"the loss is {loss} or its gradient is not finite in step {self.state.step + 1}; training stopped and "
-            f"wrote nothing from it. Last good checkpoint: {checkpoint.folder if checkpoint else 'none yet'}. uids of "
-            f"the batch: {json.dumps(self.data.uids.take(rows_B).to_pylist())}. Look at their texts, or lower "
+            f"{said}; training stopped and wrote nothing from it. Last good checkpoint: "
+            f"{checkpoint.folder if checkpoint else 'none yet'}. uids of the batch: "
+            f"{json.dumps(self.data.uids.take(rows_B).to_pylist())}. Look at their texts, or lower "
             "training.learning_rate"
         )
+
+
+def agree_on_precision(wanted: Precision, device: torch.device) -> Precision:
+    """What every rank computes in: `auto` is bfloat16 where all of them compute in it natively, the same on each."""
+    if wanted != "auto":
+        return wanted
+    lacking = torch.tensor(float(not bfloat16_is_native(device)), device=device)
+    sum_over_ranks([lacking])
+    return "float32" if lacking else "bfloat16"
 
 
 def _mined_name(epoch: int) -> str:

@@ -72,16 +72,21 @@ def worker_bytes(encoder: TextEncoder, recipe: Recipe) -> int:
     return weights * ADAM_BYTES + activations + texts * hidden * 4 * 4 + 12 * 4 * BLOCK_CELLS
 
 
-def warn_of_idle(mining: MiningSection) -> None:
-    """Log which settings were changed that do nothing beside the others."""
+def idle_settings(mining: MiningSection) -> dict[str, str]:
+    """The settings that do nothing beside the others, and why."""
     needed = {
         "group": (mining.batches == "neighbours", "batches is random"),
         "depth": (mining.labels > 0, "labels is 0"),
         "every": (mining.on, "batches is random and labels is 0"),
     }
-    for name, (used, why) in needed.items():
+    return {name: why for name, (used, why) in needed.items() if not used}
+
+
+def warn_of_idle(mining: MiningSection) -> None:
+    """Log which settings were changed that do nothing beside the others."""
+    for name, why in idle_settings(mining).items():
         value = getattr(mining, name)
-        if not used and value != MiningSection.model_fields[name].default:
+        if value != MiningSection.model_fields[name].default:
             logger.warning("training.mining.%s is %s, and does nothing: training.mining.%s", name, value, why)
 
 

@@ -16,6 +16,8 @@ from raexmc_ray.progress import Progress
 
 BLOCK = 8192
 """Texts that one task tokenises."""
+ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false"}
+"""Of a task, which owns one CPU: by default the tokenizer has as many threads as the node has cores, in each task."""
 
 
 def tokenize_on_cluster(encoder: TextEncoder, texts: pa.ChunkedArray, name: str) -> Tokens:
@@ -27,7 +29,9 @@ def tokenize_on_cluster(encoder: TextEncoder, texts: pa.ChunkedArray, name: str)
     table = pa.table({"row": np.arange(len(texts)), "text": texts})
     blocks = [table.slice(start, BLOCK) for start in range(0, len(table), BLOCK)]
     tokenize_block: Any = partial(_tokenize_block, tokenizer=encoder.tokenizer_json)
-    done = ray.data.from_arrow(blocks).map_batches(tokenize_block, batch_size=None, batch_format="pyarrow")
+    done = ray.data.from_arrow(blocks).map_batches(
+        tokenize_block, batch_size=None, batch_format="pyarrow", num_cpus=1, runtime_env={"env_vars": ONE_THREAD}
+    )
     parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     with Progress(f"tokenize {name}", len(texts), "texts") as progress:
         block: Any

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
+import shutil
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,30 +17,28 @@ from typing import Any
 import numpy as np
 import ray
 from filelock import FileLock, Timeout
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.corpus import Corpus
+from raexmc_ray.embed import stage
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder, Scratch, describe_file
+from raexmc_ray.files import Folder, describe_file
 from raexmc_ray.metrics import inverse_propensity
-from raexmc_ray.progress import Progress
-from raexmc_ray.recipe import Recipe
+from raexmc_ray.recipe import EncoderSection, EvaluationSection, MiningSection, PredictionSection, Recipe
 from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
 from raexmc_ray.train.curves import PICTURE, draw_curves, read_curves
 from raexmc_ray.train.loop import TrainingData
-from raexmc_ray.train.plan import Plan, refuse, warn_of_idle, worker_bytes
+from raexmc_ray.train.plan import Plan, idle_settings, refuse, warn_of_idle, worker_bytes
+from raexmc_ray.train.published import DONE
 from raexmc_ray.train.tokens import tokenize_on_cluster
 from raexmc_ray.train.validate import HeldOut
+from raexmc_ray.train.watch import Failures, ProgressActor, Watcher, workers_failed
 from raexmc_ray.train.worker import MARK, flatten, train_worker
 
-DONE = "trained.json"
 LOCK = "lock"
-POLL_S = 0.5
-BUSY_S = 30.0
-"""Until it is said that no worker has begun: they import torch for a part of it."""
 MODEL_FILES = {".json", ".safetensors", ".txt", ".model"}
 """What config, weights and tokenizer of a model are in, by suffix."""
 logger = logging.getLogger("raexmc_ray")
@@ -52,7 +49,7 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
 
     The same recipe and corpus make the same run: one that was stopped goes on from its last checkpoint, one
     that is finished is not run again. A failed worker is started again up to `cluster.max_failures` times.
-    Raises ValueError for what cannot work, NonFiniteLossError.
+    Raises ValueError and FileNotFoundError for what cannot work, NonFiniteLossError, and WorkersFailedError.
     """
     key = run_key(recipe, corpus)
     target = encoder_folder(recipe, key)
@@ -75,9 +72,12 @@ def _trained(recipe: Recipe, corpus: Corpus, run: Folder) -> tuple[Checkpoint, C
     data = training_data(recipe, corpus, encoder)
     plan = _plan(recipe, data, encoder)
     logger.info("%s", plan)
+    # By its name a worker might find nothing, as it works in another folder, or another node's own model.
+    encoder.lexical = None  # of another memory, where the model is one's encoder
+    start = recipe.encoder.model_copy(update={"model": str(stage(run, encoder))})
     checkpoints = Checkpoints(run / "checkpoints", recipe.cluster.checkpoints_kept)
     try:
-        _run_workers(recipe, run, data, plan)
+        _run_workers(recipe.model_copy(update={"encoder": start}), run, data, plan)
     finally:
         lines = read_curves(run)
         if lines:
@@ -137,15 +137,25 @@ def trained_encoder(recipe: Recipe, corpus: Corpus) -> Folder:
 
 def run_key(recipe: Recipe, corpus: Corpus) -> str:
     """Names a training run by all that its result follows from."""
+    encoder, training, prediction = (
+        section.model_dump(mode="json") for section in (recipe.encoder, recipe.training, recipe.prediction)
+    )
+    # What does nothing beside the other settings counts as it is by default.
+    for name in idle_settings(recipe.training.mining):
+        training["mining"][name] = MiningSection.model_fields[name].default
+    if not recipe.training.evaluation.every:
+        training["evaluation"] = EvaluationSection().model_dump(mode="json")
+        if not recipe.training.mining.on:  # nothing is embedded
+            encoder["batch_size"] = EncoderSection.model_fields["batch_size"].default
+    prediction["k"] = PredictionSection.model_fields["k"].default  # held-out rows are measured to a depth of their own
     chosen_by: list[Any] | None = None
     if recipe.training.evaluation.every:
         section = recipe.corpus
         # The filter pairs are in the split's fingerprint, not in the corpus's.
-        chosen_by = [section.propensity_a, section.propensity_b, corpus.train.fingerprint]
-        chosen_by.append(recipe.prediction.model_dump(mode="json"))
+        chosen_by = [section.propensity_a, section.propensity_b, corpus.train.fingerprint, prediction]
     parts: list[Any] = [
-        recipe.encoder.model_dump(mode="json") | _model_files(recipe.encoder.model),
-        recipe.training.model_dump(mode="json"),
+        encoder | _model_files(recipe.encoder.model),
+        training,
         chosen_by,
         recipe.cluster.workers,
         corpus.fingerprint,
@@ -185,8 +195,8 @@ def _plan(recipe: Recipe, data: TrainingData, encoder: TextEncoder) -> Plan:
 
 
 def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) -> None:
-    """Until the workers have finished the run. Raises NonFiniteLossError, ValueError where a worker does not see the
-    driver's folder, and Ray Train's errors."""
+    """Until the workers have finished the run, whose `encoder.model` every node sees. Raises what a worker says that
+    the run cannot go on for (see `train_worker`), and WorkersFailedError."""
     cluster = recipe.cluster
     # With the driver, whose end it shares: on another node it would take the run down with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -214,15 +224,19 @@ def _run_workers(recipe: Recipe, run: Folder, data: TrainingData, plan: Plan) ->
             storage_path=(run / "ray").path,
             storage_filesystem=run.filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[Failures(progress)],  # type: ignore[list-item]  # mypy sees Train v1
             worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},  # type: ignore[call-arg]  # mypy sees Train v1
         ),
     )
-    with _same_interrupt(), _Watcher(progress, plan) as watcher:
-        result = trainer.fit()
+    watcher = Watcher(progress, plan)
+    try:
+        with _same_interrupt(), watcher:
+            trainer.fit()
+    except TrainingFailedError as error:
+        if not watcher.stopped:
+            raise workers_failed(error, cluster.max_failures) from None
     if watcher.stopped:
         raise watcher.stopped
-    if result.error is not None:
-        raise result.error
 
 
 def _leave_mark(run: Folder) -> str:
@@ -263,10 +277,9 @@ def _same_interrupt() -> Iterator[None]:
 
 
 def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe, corpus: Corpus) -> None:
-    with Scratch() as scratch:
-        local = best.encoder.local(scratch)
-        fingerprint = TextEncoder.load(str(local)).fingerprint
-        target.upload(local)
+    fingerprint = TextEncoder.load(best.encoder.path).fingerprint
+    with target.filling() as local:
+        shutil.copytree(best.encoder.path, local, dirs_exist_ok=True)
     details = {
         "fingerprint": fingerprint,
         "corpus": corpus.fingerprint,
@@ -276,91 +289,3 @@ def _publish(best: Checkpoint, last: Checkpoint, target: Folder, recipe: Recipe,
         "best": last.state["best"],
     }
     (target / DONE).write(json.dumps(details, indent=2).encode())
-
-
-@ray.remote(num_cpus=0)
-class ProgressActor:
-    """Where the first worker says how far it is, and the driver reads it."""
-
-    def __init__(self) -> None:
-        self._begun, self._step = False, 0
-        self._figures: dict[str, float] = {}
-        self._stopped: Exception | None = None
-
-    def begin(self) -> None:
-        """There was room for the workers."""
-        self._begun = True
-
-    def update(self, step: int, figures: dict[str, float]) -> None:
-        self._step = step
-        self._figures |= figures
-
-    def stop(self, error: Exception) -> None:
-        """The run cannot go on."""
-        self._stopped = error
-
-    def get(self) -> tuple[bool, int, dict[str, float], Exception | None]:
-        """(whether it has begun, steps done, the last value of each figure, why the run cannot go on)."""
-        return self._begun, self._step, self._figures, self._stopped
-
-
-class _Watcher:
-    """Shows a ProgressActor's state on one line, in a thread, while in use."""
-
-    def __init__(self, actor: Any, plan: Plan) -> None:
-        self._actor, self._plan = actor, plan
-        self._metric = plan.recipe.training.evaluation.metric
-        self._batch = plan.recipe.training.batch_size
-        self._progress = Progress("train", plan.steps * self._batch, "texts")
-        self._end = threading.Event()
-        self._shown: int | None = None
-        self._told_time = False
-        self._busy_at = time.monotonic() + BUSY_S
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.stopped: Exception | None = None
-
-    def __enter__(self) -> _Watcher:
-        self._progress.__enter__()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._end.set()
-        self._thread.join()
-        if error[0] is None:
-            self._show()
-        self._progress.__exit__(*error)
-        ray.kill(self._actor)
-
-    def _watch(self) -> None:
-        while not self._end.wait(POLL_S):
-            self._show()
-
-    def _show(self) -> None:
-        begun, step, figures, self.stopped = ray.get(self._actor.get.remote())
-        if not begun and time.monotonic() > self._busy_at:
-            self._busy_at = math.inf
-            self._say_busy()
-        if not self._told_time and "seconds_per_step" in figures:
-            self._told_time = True
-            seconds = figures["seconds_per_step"]
-            hours = (self._plan.steps - step) * seconds / 3600
-            logger.info("time        about %.2f hours more, at %.0f texts/s", hours, self._batch / seconds)
-        if "loss" not in figures or (self._shown is not None and step <= self._shown):
-            return
-        fields = {"epoch": f"{figures['epoch']:.1f}", "loss": f"{figures['loss']:.3f}"}
-        if self._metric in figures:
-            fields[f"held-out {self._metric}"] = f"{figures[self._metric]:.1f}"
-        self._progress.add((step - (self._shown or 0)) * self._batch, **fields)
-        self._shown = step
-
-    def _say_busy(self) -> None:
-        """Ray Train waits for room, and says nothing."""
-        there, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]  # Ray's
-        kinds = ["CPU", "GPU"] if self._plan.recipe.cluster.gpu else ["CPU"]
-        said = " and ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}" for kind in kinds)
-        logger.warning(
-            "no worker has begun after %.0f s; the cluster has %s free now: they are still starting, or wait for room",
-            BUSY_S,
-            said,
-        )

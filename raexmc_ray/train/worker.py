@@ -12,7 +12,7 @@ import ray.train.torch
 import scipy.sparse as sp
 import torch
 
-from raexmc_ray.encoder import TextEncoder, Tokens, bfloat16_is_native
+from raexmc_ray.encoder import TextEncoder, Tokens
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.gather import sum_over_ranks
@@ -27,13 +27,46 @@ MARK_S = 10.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """The training of one worker.
+    """The training of one worker. What would end it again is told to `progress`, so that nothing is tried again.
 
     config: `recipe` (settings), `data` (an object reference to flat arrays, which all workers of a node read from
     shared memory without a copy), `folder` (of the run), `mark` (what the driver left there), `progress` (handle of a
     ProgressActor).
     """
-    recipe, progress = Recipe.parse(config["recipe"]), config["progress"]
+    try:
+        _train(Recipe.parse(config["recipe"]), config)
+    except Exception as error:
+        final = would_come_again(error)
+        if final is None:
+            raise
+        ray.get(config["progress"].stop.remote(final))
+        # Raised, for the others may wait for this one: Ray Train ends them.
+        raise final from None
+
+
+def would_come_again(error: Exception) -> Exception | None:
+    """What people are told where the next start would end in this error, too; None where it may be better luck.
+
+    Made anew, for it travels between processes, which not every error does.
+    """
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return ValueError(
+            f"the training does not fit into a worker's memory ({said}): lower training.chunk_size, or set "
+            "training.gradient_cache=true, or lower training.batch_size"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # to import them takes seconds
+        return ValueError(
+            f"training.compile is true, and the encoder cannot be compiled ({said}): install a C++ compiler on every "
+            "node, or set training.compile=false"
+        )
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(str(error))
+    return ValueError(str(error)) if isinstance(error, ValueError) else None
+
+
+def _train(recipe: Recipe, config: dict[str, Any]) -> None:
+    progress = config["progress"]
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     if rank == 0:
@@ -69,7 +102,6 @@ def train_worker(config: dict[str, Any]) -> None:
         return
     if rank == 0:
         ray.get(progress.update.remote(state.step, {}))
-    ray.train.report({"step": state.step})
 
 
 def count_strangers(mark: Folder, content: str, device: torch.device) -> int:
@@ -83,16 +115,11 @@ def count_strangers(mark: Folder, content: str, device: torch.device) -> int:
 
 
 def make_encoder(recipe: Recipe, device: torch.device) -> TextEncoder:
-    """The encoder that a new run of `recipe` starts from, on `device`."""
+    """The encoder that a new run of `recipe` starts from, on `device`; what it computes in is for the loop to say."""
     settings = recipe.training
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
     encoder.lexical = None  # of another memory, where the model is one's encoder
-    dtypes = {
-        "auto": torch.bfloat16 if bfloat16_is_native(device) else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }
-    encoder.place(device, dtypes[settings.precision])
+    encoder.to(device)
     encoder.set_dropout(settings.dropout)
     if settings.compile:
         encoder.compile_tower()
