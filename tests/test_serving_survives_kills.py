@@ -115,6 +115,20 @@ def test_after_a_lost_ingress_answers_are_right_again(url: str, tiny_texts: list
         assert load.broken == []
 
 
+def test_nobody_fails_while_a_shard_replica_hangs(url: str, tiny_texts: list[str], expected: Answers) -> None:
+    """It is stopped, and so neither answers nor raises anything: the other one is asked."""
+    with Load(url, tiny_texts[:TEXTS], expected) as load:
+        load.wait_for(10)
+        stopped = processes("MemoryShard-1")[0]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            load.wait_for(60)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        load.wait_for(10)
+    assert load.wrong == load.errors == load.broken == []
+
+
 def test_a_missing_shard_is_named_or_left_out_where_that_is_allowed(
     url: str, tiny_run: Recipe, tiny_texts: list[str]
 ) -> None:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import ray.exceptions
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -23,6 +22,7 @@ from raexmc_ray.memory.index import Lists
 from raexmc_ray.memory.shard import join_keys
 from raexmc_ray.predict import Evidence, Predictions, aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours, PredictionSection
+from raexmc_ray.serve.again import call_again
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.errors import MissingShardsError, RequestError
@@ -53,6 +53,9 @@ class Ingress:
         # Once: each attribute of a handle is a new handle.
         self._encode = encoder.encode
         self._searches, self._look_ups = [shard.search for shard in shards], [shard.keys for shard in shards]
+        # How long a call has no answer before another replica is asked, too; None where there is no other.
+        self._encoder_patience_s = settings.shard_timeout_s if most_encoders(settings) > 1 else None
+        self._shard_patience_s = settings.shard_timeout_s / 3 if settings.shard_replicas > 1 else None
         self._tokens = Tokens(settings.tokens_file)
         refuse_open_door(settings, self._tokens, _http_host())
         self._metrics = IngressMetrics()
@@ -160,7 +163,9 @@ class Ingress:
         async def of_a_snapshot(group: list[Query]) -> None:
             snapshot, texts = group[0].view.manifest.id, [text for query in group for text in query.texts]
             deadline, clock = max(query.deadline for query in group), Clock(began)
-            queries_BD = await self._call("encoder", deadline, self._encode.remote, snapshot, texts)
+            queries_BD = await self._call(
+                "encoder", deadline, self._encoder_patience_s, self._encode.remote, snapshot, texts
+            )
             clock.lap("encode")
             self._metrics.stages(clock.seconds)
             rows = rows_of(group)
@@ -273,7 +278,7 @@ class Ingress:
 
         async def one(shard: int) -> tuple[int, R | None]:
             try:
-                return shard, await self._call(f"shard {shard}", until, call, shard)
+                return shard, await self._call(f"shard {shard}", until, self._shard_patience_s, call, shard)
             except Exception as error:
                 self._metrics.missing(shard)
                 requests = [query.request_id for query in queries]
@@ -285,21 +290,24 @@ class Ingress:
         answers = await asyncio.gather(*map(one, shards))
         return {shard: answer for shard, answer in answers if answer is not None}
 
-    async def _call(self, of: str, deadline: float, remote: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
-        """The call's result; made once more, on another replica, where it was lost with its replica."""
+    async def _call(
+        self, of: str, deadline: float, after_s: float | None, remote: Callable[..., Awaitable[R]], *arguments: Any
+    ) -> R:
+        """The call's result; made once more, on another replica, where it was lost with its replica, or had no answer
+        after `after_s` seconds."""
         async with _until(deadline):
-            try:
-                return await remote(*arguments)
-            except ray.exceptions.RayActorError:
-                self._metrics.retry(of)
-                return await remote(*arguments)
+            return await call_again(lambda: remote(*arguments), after_s, lambda: self._metrics.retry(of))
 
 
 def batches_at_a_time(settings: ServeSettings) -> int:
     """Batches that an ingress has on their way: BATCHES for each encoder that there may be, its share of them where
     there are other ingresses. Were they fewer, Serve would never see encoders in demand, and add none."""
-    encoders = max(settings.encoder_replicas, settings.encoder_replicas_at_most or 0)
-    return max(BATCHES, -(-BATCHES * encoders // settings.ingress_replicas))
+    return max(BATCHES, -(-BATCHES * most_encoders(settings) // settings.ingress_replicas))
+
+
+def most_encoders(settings: ServeSettings) -> int:
+    """Encoders that there may be."""
+    return max(settings.encoder_replicas, settings.encoder_replicas_at_most or 0)
 
 
 async def _aside(cells: int, work: Callable[..., R], *arguments: Any) -> R:

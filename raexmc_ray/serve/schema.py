@@ -68,7 +68,8 @@ class ServeSettings(BaseModel):
     """`auto`: bfloat16 on a GPU that has it, float32 on a CPU. bfloat16 on a CPU that has it encodes sooner;
     a score then may differ by 5e-3 with what else is encoded in its batch, where it is 1e-5 in float32."""
     shard_replicas: int = Field(1, ge=1)
-    """Replicas of each shard; with two, nobody notices that one is lost."""
+    """Replicas of each shard; with two, nobody notices that one is lost, and one that hangs costs a third of
+    `shard_timeout_s`: then the other is asked, too."""
     shard_cpus: float = Field(0.1, gt=0)
     """CPUs that each shard replica reserves; it searches with as many threads, one at least."""
     shard_gpus: float = Field(0.0, ge=0)
