@@ -163,16 +163,15 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
     @api.get("/v1/memory", responses=_errors())
     async def memory() -> MemoryReply:
         """The snapshot in use and its sizes."""
-        manifest = ingress.view.manifest
+        manifest, defaults = ingress.view.manifest, ingress.view.defaults
         sizes = manifest.model_dump(
             include={"created", "instances", "labels", "shards", "dimension", "encoder_fingerprint"}
         )
-        defaults = manifest.defaults.model_dump(mode="json", by_alias=True, exclude_none=True)
         return MemoryReply(
             snapshot=manifest.id,
             index=manifest.index.kind,
             bytes=manifest.bytes_by_part(),
-            defaults=defaults,
+            defaults=defaults.model_dump(mode="json", by_alias=True, exclude_none=True),
             limits=limits,
             **sizes,
         )

@@ -74,7 +74,7 @@ class Ingress:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Move to a snapshot. Requests that are on their way are answered from the one that they came in under."""
-        self._view = await asyncio.to_thread(View.open, self._memory, config["snapshot"])
+        self._view = await asyncio.to_thread(View.open, self._memory, config["snapshot"], self._settings.limits)
 
     def check_health(self) -> None:
         """Serve asks every few seconds."""
@@ -97,6 +97,7 @@ class Ingress:
         Raises RequestError, UnknownLabelError, TimeoutError, MissingShardsError.
         """
         view, deadline = self.view, started + self._settings.timeout_s
+        settings = self._effective(request, view.defaults)
         # In a thread, where there are any: thousands of look-ups would hold up every other request.
         allowed, blocked = [
             None if uids is None else await asyncio.to_thread(view.indices, uids)
@@ -105,7 +106,7 @@ class Ingress:
         query = Query(
             view,
             request.texts,
-            self._effective(request, view.manifest.defaults),
+            settings,
             request.evidence,
             allowed,
             blocked,
@@ -121,12 +122,12 @@ class Ingress:
         """Ask the encoder and every shard, once in READY_S whoever wants to know. Raises as `predict` does."""
         now = time.perf_counter()
         if not self._probe or (self._probe.done() and now > self._probed + READY_S):
-            question = PredictRequest(texts=["ready"], k=1)
+            question = PredictRequest(texts=["?"], k=1)  # within any limits
             self._probe, self._probed = asyncio.create_task(self.predict(question, "ready", now)), now
         await asyncio.shield(self._probe)  # others may wait for it, too
 
     def _effective(self, request: PredictRequest, defaults: PredictionSection) -> PredictionSection:
-        """The snapshot's defaults with the request's settings, within the limits. Raises RequestError."""
+        """The defaults, with the request's settings in their place. Raises RequestError beyond the limits."""
         limits, given = self._settings.limits, request.neighbours
         keys = given.joint if isinstance(given, Joint) else max(given.instances, given.labels) if given else 0
         for what, asked, limit in (

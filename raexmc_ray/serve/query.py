@@ -17,9 +17,9 @@ from raexmc_ray.files import Folder
 from raexmc_ray.label_lookup import LabelLookup
 from raexmc_ray.memory.index import CoarseQuantizer
 from raexmc_ray.memory.snapshot import LABELS, Manifest, open_snapshot
-from raexmc_ray.recipe import PredictionSection
+from raexmc_ray.recipe import Neighbours, PredictionSection
 from raexmc_ray.serve.errors import UnknownLabelError
-from raexmc_ray.serve.schema import PredictReply, TextAnswer
+from raexmc_ray.serve.schema import Limits, PredictReply, TextAnswer
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,14 @@ class View:
     manifest: Manifest
     labels: LabelLookup
     quantizer: CoarseQuantizer | None
+    defaults: PredictionSection
+    """The snapshot's, as far as this application's limits allow them."""
 
     @classmethod
-    def open(cls, memory: Folder, snapshot: str) -> View:
+    def open(cls, memory: Folder, snapshot: str, limits: Limits) -> View:
         opened = open_snapshot(memory, snapshot)
-        return cls(opened.manifest, LabelLookup(pq.read_table(opened.file(LABELS))), opened.quantizer())
+        labels = LabelLookup(pq.read_table(opened.file(LABELS)))
+        return cls(opened.manifest, labels, opened.quantizer(), within(limits, opened.manifest.defaults))
 
     def indices(self, uids: list[str]) -> np.ndarray:
         """int64: the labels with these uids. Raises UnknownLabelError."""
@@ -41,6 +44,12 @@ class View:
         if None in found:
             raise UnknownLabelError(uids[found.index(None)])
         return np.array(found, np.int64)
+
+
+def within(limits: Limits, settings: PredictionSection) -> PredictionSection:
+    """The settings, where they are beyond the limits cut to these."""
+    keys = {name: min(number, limits.neighbours) for name, number in settings.neighbours if number is not None}
+    return settings.model_copy(update={"neighbours": Neighbours(**keys), "k": min(settings.k, limits.k)})
 
 
 @dataclass(frozen=True, eq=False)

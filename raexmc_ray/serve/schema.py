@@ -23,7 +23,8 @@ MAX_TEXTS, MAX_CHARACTERS, MAX_K, MAX_NEIGHBOURS, MAX_FILTER = 256, 20_000, 1000
 
 
 class Limits(BaseModel):
-    """What one request may ask for, and how many may come; each may be lowered, most may not be raised."""
+    """What one request may ask for, and how many may come; each may be lowered, most may not be raised. A snapshot's
+    defaults that are beyond `k` or `neighbours` are cut to these."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     body_bytes: int = Field(8 << 20, ge=1024)
@@ -246,7 +247,7 @@ class MemoryReply(BaseModel):
     defaults: dict[str, object] = Field(
         examples=[{"lambda": 0.5, "temperature": 0.08, "neighbours": {"joint": 200}, "k": 10}]
     )
-    """λ, temperature, neighbours and k where a request leaves them out."""
+    """λ, temperature, neighbours and k where a request leaves them out: the snapshot's, within the limits."""
     limits: Limits
     """What a request may ask for."""
 
