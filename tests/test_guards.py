@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -166,6 +167,20 @@ def test_a_mistake_of_ours_is_a_problem_and_is_counted_as_one(caplog: pytest.Log
     assert "abc-123" in traced.message
     assert traced.exc_info
     assert json.loads(entry.message)["status"] == 500
+
+
+def test_a_path_that_there_is_not_leads_nowhere() -> None:
+    counted: list[tuple[str, int]] = []
+    ingress = SimpleNamespace(answered=lambda path, status, _: counted.append((path, status)))
+
+    async def run() -> list[httpx.Response]:
+        async with talk_to(make_api(ingress, ServeSettings(memory="m"), Tokens(None))) as http:  # type: ignore[arg-type]
+            return [await http.get(path) for path in ("/v1/health/", "/v1/health///", "/v1/memory/", "/v1/health")]
+
+    replies = asyncio.run(run())
+    assert [reply.status_code for reply in replies] == [404, 404, 404, 200]
+    assert {reply.headers["content-type"] for reply in replies[:3]} == {"application/problem+json"}
+    assert [path for path, status in counted if status < 400] == ["/v1/health"], "each is a tag of the metrics"
 
 
 def test_the_gate_names_counts_and_logs_what_it_refuses(caplog: pytest.LogCaptureFixture) -> None:

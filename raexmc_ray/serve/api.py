@@ -77,6 +77,7 @@ def make_api(ingress: Ingress, settings: ServeSettings, tokens: Tokens) -> FastA
         version="1",
         docs_url=None,  # Swagger's and Redoc's pages load scripts from outside
         redoc_url=None,
+        redirect_slashes=False,  # a path that there is not is that, and no way to one that there is
     )
     _add_errors(api)
     _add_routes(api, ingress, settings)
