@@ -121,7 +121,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        headers = dict(scope["headers"])
+        headers, path = dict(scope["headers"]), path_of(scope)
         # Serve's proxy gives each request an id, or keeps the caller's, and says it in the answer's headers.
         request_id = request_id_of(headers)
         state = scope.setdefault("state", {})
@@ -139,7 +139,7 @@ class Guard:
                 await answer(message)
 
         try:
-            refusal = self._refuse(scope["path"], headers)
+            refusal = self._refuse(path, headers)
             if refusal:
                 await send_problem(answer, *refusal, request_id)
             else:
@@ -158,7 +158,7 @@ class Guard:
         finally:
             seconds = time.perf_counter() - started
             entry["ms"] = round(1000 * seconds, 2)
-            self._answered(scope["path"], entry.get("status", CLIENT_GONE), seconds)
+            self._answered(path, entry.get("status", CLIENT_GONE), seconds)
             access_log.info("%s", json.dumps({**entry, **state.get("log", {})}))
 
     def _refuse(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
@@ -176,6 +176,12 @@ class Guard:
         if length.isdigit() and int(length) > limits.body_bytes:
             return _too_large(limits.body_bytes)
         return None
+
+
+def path_of(scope: Scope) -> str:
+    """The path within the application, whose `route_prefix` may be another than "/"."""
+    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def request_id_of(headers: dict[bytes, bytes]) -> str:
