@@ -146,6 +146,8 @@ def test_a_mistake_of_ours_is_a_problem_and_is_counted_as_one(caplog: pytest.Log
     counted: list[tuple[str, int]] = []
 
     class Ingress:
+        view = SimpleNamespace(manifest=SimpleNamespace(id="s"))
+
         async def predict(self, *_: object) -> None:
             raise KeyError("/secret/path")
 
@@ -325,7 +327,7 @@ def test_a_caller_that_left_is_no_refusal() -> None:
 def test_whether_it_is_ready_is_asked_once_for_all_who_want_to_know() -> None:
     asked: list[float] = []
 
-    async def predict(request: PredictRequest, request_id: str, started: float) -> None:
+    async def predict(request: PredictRequest, request_id: str, started: float, entry: dict) -> None:
         asked.append(started)
         await asyncio.sleep(0.1)
         if len(asked) == 2:

@@ -174,7 +174,7 @@ async def asked_at_once(
     ingress = await ingress_of(settings, {hanging: hang})
     # The first ones are batches of their own, and keep the others waiting for each other.
     first = [PredictRequest(texts=["first"], allow_partial=True)] * BATCHES
-    calls = [ingress.predict(request, "id", time.perf_counter()) for request in [*first, *requests]]
+    calls = [ingress.predict(request, "id", time.perf_counter(), {}) for request in [*first, *requests]]
     return (await asyncio.gather(*calls, return_exceptions=True))[BATCHES:]
 
 

@@ -132,10 +132,12 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
     async def predict(body: PredictRequest, request: Request) -> Response:
         """The best labels of each text, with scores and, if asked for, the evidence for each."""
         state = request.state
-        reply = await ingress.predict(body, state.request_id, state.started)
-        state.log = {"texts": len(body.texts), "snapshot": reply.snapshot, "stages": reply.milliseconds}
+        # Before it is answered: what fails is looked for in the log, too.
+        state.log = {"texts": len(body.texts), "snapshot": ingress.view.manifest.id}
         if settings.log_texts:
             state.log["said"] = body.texts
+        reply = await ingress.predict(body, state.request_id, state.started, state.log)
+        state.log["stages"] = reply.milliseconds
         # Written by pydantic itself: FastAPI would validate the reply once more, and walk through it in Python.
         return Response(reply.model_dump_json(), media_type="application/json")
 

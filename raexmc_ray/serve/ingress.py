@@ -28,7 +28,7 @@ from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.errors import MissingShardsError, RequestError
 from raexmc_ray.serve.guard import Tokens, refuse_open_door
 from raexmc_ray.serve.metrics import IngressMetrics
-from raexmc_ray.serve.query import Answer, Clock, Query, View, apart, reply_to, rows_of, span
+from raexmc_ray.serve.query import Answer, Batch, Clock, Query, View, apart, reply_to, rows_of, span
 from raexmc_ray.serve.schema import Joint, PredictReply, PredictRequest, ServeSettings
 
 BATCHES = 2
@@ -91,8 +91,10 @@ class Ingress:
         resource, of_a_label, _ = path.partition("/labels/")
         self._metrics.request(f"{resource}/labels/{{uid}}" if of_a_label else path, status, seconds)
 
-    async def predict(self, request: PredictRequest, request_id: str, started: float) -> PredictReply:
-        """Answer a request that came at `started` (of `time.perf_counter`).
+    async def predict(
+        self, request: PredictRequest, request_id: str, started: float, entry: dict[str, Any]
+    ) -> PredictReply:
+        """Answer a request that came at `started` (of `time.perf_counter`). entry: what the access log is told of it.
 
         Raises RequestError, UnknownLabelError, TimeoutError, MissingShardsError.
         """
@@ -114,6 +116,7 @@ class Ingress:
             request_id,
             started,
             deadline,
+            entry,
         )
         async with _until(deadline):
             return await self._batcher.submit(query)
@@ -123,7 +126,7 @@ class Ingress:
         now = time.perf_counter()
         if not self._probe or (self._probe.done() and now > self._probed + READY_S):
             question = PredictRequest(texts=["?"], k=1)  # within any limits
-            self._probe, self._probed = asyncio.create_task(self.predict(question, "ready", now)), now
+            self._probe, self._probed = asyncio.create_task(self.predict(question, "ready", now, {})), now
         await asyncio.shield(self._probe)  # others may wait for it, too
 
     def _effective(self, request: PredictRequest, defaults: PredictionSection) -> PredictionSection:
@@ -153,6 +156,7 @@ class Ingress:
     ) -> None:
         """Answer each query of a batch, by its place in it, as soon as there is its reply, or its error."""
         began = time.perf_counter()
+        batch = Batch(queries, began)
         self._metrics.batch(sum(len(query.texts) for query in queries))
         for query in queries:
             self._metrics.stages({"queue": began - query.arrived})
@@ -165,10 +169,10 @@ class Ingress:
             snapshot, texts = group[0].view.manifest.id, [text for query in group for text in query.texts]
             deadline, clock = max(query.deadline for query in group), Clock(began)
             queries_BD = await self._call(
-                "encoder", deadline, self._encoder_patience_s, self._encode.remote, snapshot, texts
+                batch, "encoder", deadline, self._encoder_patience_s, self._encode.remote, snapshot, texts
             )
             clock.lap("encode")
-            self._metrics.stages(clock.seconds)
+            self._spent(batch, clock.seconds)
             rows = rows_of(group)
 
             async def alike(some: list[Query]) -> None:
@@ -178,6 +182,7 @@ class Ingress:
 
         ordered = sorted(queries, key=lambda query: (query.retrieval, query.aggregation))
         await apart(ordered, lambda query: query.view.manifest.id, of_a_snapshot, answer)
+        log.info("%s", batch)
 
     async def _retrieve(
         self, queries: list[Query], queries_BD: np.ndarray, deadline: float, clock: Clock, answer: Answer
@@ -203,7 +208,7 @@ class Ingress:
             hits = hits.with_rows(np.asarray(rows), merge_hits(list(parts.values()), neighbours))
         if hits.snapshot != view.manifest.id:
             raise SnapshotMismatchError(f"shards answered from {hits.snapshot}, asked for {view.manifest.id}")
-        self._metrics.stages({stage: clock.seconds[stage] for stage in ("search", "merge")})
+        self._spent(queries[0].batch, {stage: clock.seconds[stage] for stage in ("search", "merge")})
         missing = [shard for shard in shards if shard not in parts]
         places = rows_of(queries)
 
@@ -213,7 +218,7 @@ class Ingress:
             first, spent = span(some, places), clock.split()
             labels = await self._aggregate(hits.rows(first.start, first.stop), some, deadline)
             spent.lap("aggregate")
-            self._metrics.stages({"aggregate": spent.seconds["aggregate"]})
+            self._spent(some[0].batch, {"aggregate": spent.seconds["aggregate"]})
             for query, mine in rows_of(some).items():
                 answer(query, reply_to(query, labels[mine], missing, spent))
 
@@ -263,7 +268,9 @@ class Ingress:
         async def search(shard: int) -> Hits:
             started = time.perf_counter()
             hits: Hits = await self._searches[shard].remote(snapshot, queries_BD, neighbours, lists, asked)
-            self._metrics.shard(shard, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._metrics.shard(shard, seconds)
+            queries[0].batch.shard(shard, seconds)
             return hits
 
         parts = await self._ask(shards, search, queries, deadline)
@@ -275,29 +282,43 @@ class Ingress:
         self, shards: Iterable[int], call: Callable[[int], Awaitable[R]], queries: list[Query], deadline: float
     ) -> dict[int, R]:
         """What a call of each of these shards gives; without those that did not answer in time, counted and logged."""
-        until = min(deadline, time.perf_counter() + self._settings.shard_timeout_s)
+        until, batch = min(deadline, time.perf_counter() + self._settings.shard_timeout_s), queries[0].batch
 
         async def one(shard: int) -> tuple[int, R | None]:
             try:
-                return shard, await self._call(f"shard {shard}", until, self._shard_patience_s, call, shard)
+                return shard, await self._call(batch, f"shard {shard}", until, self._shard_patience_s, call, shard)
             except Exception as error:
                 self._metrics.missing(shard)
-                requests = [query.request_id for query in queries]
-                log.warning(
-                    "shard %d did not answer (%s: %s), requests %s", shard, type(error).__name__, error, requests
-                )
+                batch.missing(shard)
+                log.warning("batch %s: shard %d did not answer (%s: %s)", batch.id, shard, type(error).__name__, error)
                 return shard, None
 
         answers = await asyncio.gather(*map(one, shards))
         return {shard: answer for shard, answer in answers if answer is not None}
 
     async def _call(
-        self, of: str, deadline: float, after_s: float | None, remote: Callable[..., Awaitable[R]], *arguments: Any
+        self,
+        batch: Batch,
+        of: str,
+        deadline: float,
+        after_s: float | None,
+        remote: Callable[..., Awaitable[R]],
+        *arguments: Any,
     ) -> R:
         """The call's result; made once more, on another replica, where it was lost with its replica, or had no answer
         after `after_s` seconds."""
+
+        def again() -> None:
+            self._metrics.retry(of)
+            batch.again(of)
+
         async with _until(deadline):
-            return await call_again(lambda: remote(*arguments), after_s, lambda: self._metrics.retry(of))
+            return await call_again(lambda: remote(*arguments), after_s, again)
+
+    def _spent(self, batch: Batch, seconds: dict[str, float]) -> None:
+        """So long was spent in each stage."""
+        self._metrics.stages(seconds)
+        batch.spent(seconds)
 
 
 def batches_at_a_time(settings: ServeSettings) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
-from collections.abc import Awaitable, Callable, Iterable
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +54,7 @@ def within(limits: Limits, settings: PredictionSection) -> PredictionSection:
     return settings.model_copy(update={"neighbours": Neighbours(**keys), "k": min(settings.k, limits.k)})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Query:
     """A request on its way through a batch."""
 
@@ -66,6 +68,10 @@ class Query:
     request_id: str
     arrived: float
     deadline: float
+    entry: dict[str, Any]
+    """What the access log is told of the request."""
+    batch: Batch = field(init=False)
+    """The one that it rides in."""
 
     @property
     def retrieval(self) -> tuple[str, str]:
@@ -82,6 +88,53 @@ class Query:
 
 Answer = Callable[[Query, PredictReply | Exception], None]
 """Gives a query's caller its reply, or what went wrong."""
+
+
+class Batch:
+    """What the log is told of requests that ride together: by its id, and by theirs, a slow or failed one is followed
+    to the shard that it waited for."""
+
+    def __init__(self, queries: Sequence[Query], began: float) -> None:
+        """Has each of them say that it rides in this one."""
+        self.id = uuid.uuid4().hex[:16]
+        self._queries = queries
+        self._stages = {"queue": began - min(query.arrived for query in queries)}
+        self._shards: dict[int, float] = {}
+        self._again: list[str] = []
+        self._missing: set[int] = set()
+        for query in queries:
+            query.batch, query.entry["batch"] = self, self.id
+
+    def spent(self, seconds: dict[str, float]) -> None:
+        """Some of the queries spent so long in each stage."""
+        for stage, spent in seconds.items():
+            self._stages[stage] = max(spent, self._stages.get(stage, 0.0))
+
+    def shard(self, shard: int, seconds: float) -> None:
+        """The shard answered after so long."""
+        self._shards[shard] = max(seconds, self._shards.get(shard, 0.0))
+
+    def again(self, of: str) -> None:
+        """A call was made once more."""
+        self._again.append(of)
+
+    def missing(self, shard: int) -> None:
+        """The shard did not answer."""
+        self._missing.add(shard)
+
+    def __str__(self) -> str:
+        """A JSON object. Milliseconds are the slowest query's in each stage, and the slowest call's of each shard."""
+        entry = {
+            "batch": self.id,
+            "requests": [query.request_id for query in self._queries],
+            "texts": sum(len(query.texts) for query in self._queries),
+            "snapshots": sorted({query.view.manifest.id for query in self._queries}),
+            "stages": {stage: round(1000 * seconds, 3) for stage, seconds in self._stages.items()},
+            "shards": {shard: round(1000 * self._shards[shard], 3) for shard in sorted(self._shards)},
+            "again": self._again,
+            "missing_shards": sorted(self._missing),
+        }
+        return json.dumps(entry)
 
 
 @dataclass
