@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
+import logging.handlers
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from in_process import ingress_of
+from ray._common.formatters import JSONFormatter
 
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.guard import Tokens
+from raexmc_ray.serve.logs import SERVE, write
 from raexmc_ray.serve.schema import ServeSettings
 
 pytestmark = pytest.mark.ray
@@ -106,3 +110,22 @@ def test_texts_are_logged_where_that_is_asked_for(
     _, requests, _ = logged(caplog, small_memory, hangs=hangs)
     assert not any("said" in request for request in requests)
     assert TEXT not in caplog.text
+
+
+def test_entries_are_fields_where_serve_logs_json(caplog: pytest.LogCaptureFixture) -> None:
+    written = io.StringIO()
+    file = logging.StreamHandler(written)
+    file.setFormatter(JSONFormatter())
+    gathering = logging.handlers.MemoryHandler(1, target=file)  # as Serve has it
+    entry = {"request": "abc-123", "status": 200, "stages": {"queue": 0.1}}
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        try:
+            SERVE.addHandler(gathering)
+            write(logging.getLogger("ray.serve.access"), "request abc-123", entry)
+        finally:
+            SERVE.removeHandler(gathering)
+        write(logging.getLogger("ray.serve.access"), "request abc-123", entry)
+    line = json.loads(written.getvalue())
+    assert entry.items() <= line.items()
+    assert line["message"] == "request abc-123"
+    assert json.loads(caplog.records[-1].message) == entry

@@ -12,7 +12,6 @@ A proxy has the requests of all of a cluster's applications. The gate knows ours
 
 from __future__ import annotations
 
-import json
 import os
 import time
 
@@ -21,6 +20,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raexmc_ray.serve.guard import PROBES, Answered, access_log, request_id_of, send_problem
+from raexmc_ray.serve.logs import write
 from raexmc_ray.serve.metrics import request_counter
 from raexmc_ray.serve.schema import Limits
 
@@ -84,7 +84,7 @@ class Gate:
             seconds = time.perf_counter() - started
             self._answered(path, 503, seconds)
             entry = {"request": request_id, "method": scope["method"], "path": path, "status": 503}
-            access_log.info("%s", json.dumps({**entry, "ms": round(1000 * seconds, 2)}))
+            write(access_log, f"request {request_id}", {**entry, "ms": round(1000 * seconds, 2)})
 
 
 def middlewares() -> list[Middleware]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raexmc_ray.serve.logs import write
 from raexmc_ray.serve.schema import Limits, Problem, ServeSettings
 
 PROBLEM_TYPE = b"application/problem+json"
@@ -159,7 +159,7 @@ class Guard:
             seconds = time.perf_counter() - started
             entry["ms"] = round(1000 * seconds, 2)
             self._answered(path, entry.get("status", CLIENT_GONE), seconds)
-            access_log.info("%s", json.dumps({**entry, **state.get("log", {})}))
+            write(access_log, f"request {request_id}", {**entry, **state.get("log", {})})
 
     def _refuse(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
         limits = self._limits

@@ -27,6 +27,7 @@ from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.errors import MissingShardsError, RequestError
 from raexmc_ray.serve.guard import Tokens, refuse_open_door
+from raexmc_ray.serve.logs import write
 from raexmc_ray.serve.metrics import IngressMetrics
 from raexmc_ray.serve.query import Answer, Batch, Clock, Query, View, apart, reply_to, rows_of, span
 from raexmc_ray.serve.schema import Joint, PredictReply, PredictRequest, ServeSettings
@@ -182,7 +183,7 @@ class Ingress:
 
         ordered = sorted(queries, key=lambda query: (query.retrieval, query.aggregation))
         await apart(ordered, lambda query: query.view.manifest.id, of_a_snapshot, answer)
-        log.info("%s", batch)
+        write(log, f"batch {batch.id}", batch.entry())
 
     async def _retrieve(
         self, queries: list[Query], queries_BD: np.ndarray, deadline: float, clock: Clock, answer: Answer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -122,9 +121,9 @@ class Batch:
         """The shard did not answer."""
         self._missing.add(shard)
 
-    def __str__(self) -> str:
-        """A JSON object. Milliseconds are the slowest query's in each stage, and the slowest call's of each shard."""
-        entry = {
+    def entry(self) -> dict[str, Any]:
+        """Milliseconds are the slowest query's in each stage, and the slowest call's of each shard."""
+        return {
             "batch": self.id,
             "requests": [query.request_id for query in self._queries],
             "texts": sum(len(query.texts) for query in self._queries),
@@ -134,7 +133,6 @@ class Batch:
             "again": self._again,
             "missing_shards": sorted(self._missing),
         }
-        return json.dumps(entry)
 
 
 @dataclass

@@ -45,6 +45,8 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
         "route_prefix": "/",
         "import_path": "raexmc_ray.serve.app:build_app",
         "args": settings.model_dump(mode="json"),
+        # Serve would write a line for each call between deployments; ours are one a request and one a batch.
+        "logging_config": {"enable_access_log": False},
     }
     http = {"host": host, "port": port}
     client.deploy_applications({"proxy_location": "HeadOnly", "http_options": http, "applications": [application]})
