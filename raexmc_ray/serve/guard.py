@@ -99,7 +99,8 @@ def refuse_open_door(settings: ServeSettings, tokens: Tokens, host: str | None) 
     if not tokens and not settings.anonymous_access and not is_loopback(host):
         raise ValueError(
             f"the application would listen on {host or 'all interfaces'} with no token to guard it: set tokens_file or "
-            f"the environment variable {TOKENS}, or listen on 127.0.0.1, or say `anonymous_access: true`"
+            f"(where the cluster starts) the environment variable {TOKENS}, or listen on 127.0.0.1, or say "
+            "`anonymous_access: true`"
         )
 
 

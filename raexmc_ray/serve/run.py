@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,7 +18,7 @@ from raexmc_ray.files import Folder
 from raexmc_ray.memory.snapshot import open_snapshot, publish_current, verify
 from raexmc_ray.serve.app import build_app
 from raexmc_ray.serve.errors import DeploymentFailedError
-from raexmc_ray.serve.guard import Tokens, refuse_open_door
+from raexmc_ray.serve.guard import TOKENS, Tokens, refuse_open_door
 from raexmc_ray.serve.schema import ServeSettings
 
 APPLICATION = "raexmc"
@@ -30,10 +32,12 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
     Raises FileNotFoundError, SnapshotError, DeploymentFailedError; ValueError for an open door, and where the cluster
     serves something already, which would end with this.
     """
-    if "://" not in settings.memory:  # `rollout` opens it from wherever it is called
-        settings = settings.model_copy(update={"memory": str(Folder.at(settings.memory))})
+    settings = _from_anywhere(settings)
     build_app(settings)  # what is wrong with the memory is said here, and not in a log of Serve's
-    refuse_open_door(settings, Tokens(settings.tokens_file), host)
+    if os.environ.get("RAY_ADDRESS"):
+        _refuse_tokens_of_this_shell(settings)
+    else:
+        refuse_open_door(settings, Tokens(settings.tokens_file), host)
     client = _client()
     if others := sorted(client.get_serve_details().get("applications", {})):
         raise ValueError(
@@ -55,6 +59,27 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
+
+
+def _from_anywhere(settings: ServeSettings) -> ServeSettings:
+    """The settings with whole paths: replicas, and `rollout`, have another working directory."""
+    memory, file = settings.memory, settings.tokens_file
+    whole = {
+        "memory": memory if "://" in memory else str(Folder.at(memory)),
+        "tokens_file": str(Path(file).absolute()) if file else None,
+    }
+    return settings.model_copy(update=whole)
+
+
+def _refuse_tokens_of_this_shell(settings: ServeSettings) -> None:
+    """Raise ValueError where the caller counts on tokens that the replicas of a running cluster do not see. Whether the
+    door is open is for them to say: they have the cluster's environment, and the files of its nodes."""
+    if os.environ.get(TOKENS) and not settings.tokens_file:
+        raise ValueError(
+            f"{TOKENS} of this shell guards nothing on a cluster that runs already: its replicas have the environment "
+            f"it was started with: set tokens_file (of every node), or set {TOKENS} where the cluster starts and unset "
+            "it here"
+        )
 
 
 def rollout(snapshot: str | None = None, application: str = APPLICATION) -> tuple[str, str]:
