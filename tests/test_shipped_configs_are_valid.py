@@ -33,6 +33,7 @@ def test_serve_configs(path: Path) -> None:
     if content.get("kind") == "RayService":
         cluster = content["spec"]["rayClusterConfig"]
         assert cluster["rayVersion"] == ray.__version__
+        assert cluster["authOptions"] == {"mode": "token"}, "Ray's own ports take no orders from other pods"
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
             (container,) = group["template"]["spec"]["containers"]
             assert ENVIRONMENT.items() <= {one["name"]: one["value"] for one in container["env"]}.items()
