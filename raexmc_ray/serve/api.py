@@ -143,8 +143,8 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
 
     @api.get("/v1/labels", responses=_errors(e422="The request is not valid"))
     async def labels(
-        prefix: Annotated[str, Query(min_length=1, max_length=200, description="How text or uid begins.")],
-        limit: Annotated[int, Query(ge=1, le=100, description="At most so many.")] = 10,
+        prefix: Annotated[str, Query(min_length=1, max_length=200, description="How it begins.", examples=["vi"])],
+        limit: Annotated[int, Query(ge=1, le=100, description="At most so many.", examples=[10])] = 10,
     ) -> LabelsReply:
         """Labels whose text (in any case) or uid begins with `prefix`."""
         view = ingress.view
@@ -155,7 +155,9 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
         "/v1/labels/{uid:path}",
         responses=_errors(e404="There is no such label", e422="The request is not valid"),
     )
-    async def label(uid: Annotated[str, Path(min_length=1, max_length=1000)]) -> LabelReply:
+    async def label(
+        uid: Annotated[str, Path(min_length=1, max_length=1000, description="Of a label.", examples=["vim"])],
+    ) -> LabelReply:
         """The label with this uid."""
         found = ingress.view.labels
         index = found.find(uid)
