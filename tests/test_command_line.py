@@ -51,6 +51,10 @@ def test_mistakes_are_said_in_one_line(tmp_path: Path, tiny_corpus: Path, small_
         ),
         (["score", str(small_memory), "x", "--output", str(tmp_path / "o"), "--neighbours", "0"], "neighbours.joint: "),
         (["query", "vim", "--url", "http://127.0.0.1:9"], "raexmc serve"),
+        (
+            ["query", "vim", "--url", "http://localhost:80a0"],
+            "http://localhost:80a0 is no URL such as http://127.0.0.1",
+        ),
     ):
         done = run(*arguments)
         assert done.returncode == 1, done.stdout + done.stderr
