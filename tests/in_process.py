@@ -11,7 +11,7 @@ import numpy as np
 
 import raexmc_ray
 from raexmc_ray.files import Folder
-from raexmc_ray.memory.shard import Shard
+from raexmc_ray.memory.shard import Shard, cut_texts
 from raexmc_ray.serve.ingress import Ingress
 from raexmc_ray.serve.schema import ServeSettings
 
@@ -32,8 +32,8 @@ async def ingress_of(
         async def search(snapshot: str, *arguments: Any) -> Any:
             return await call("search", *arguments)
 
-        async def keys(snapshot: str, key_ids: np.ndarray) -> Any:
-            return await call("keys", key_ids)
+        async def keys(snapshot: str, key_ids: np.ndarray, characters: int) -> Any:
+            return cut_texts(await call("keys", key_ids), characters)
 
         return SimpleNamespace(search=SimpleNamespace(remote=search), keys=SimpleNamespace(remote=keys))
 

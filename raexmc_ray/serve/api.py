@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from raexmc_ray.label_lookup import label_rows
 from raexmc_ray.serve.errors import MissingShardsError, RequestError, UnknownLabelError
 from raexmc_ray.serve.guard import PROBLEM_TYPE, Guard, Tokens
 from raexmc_ray.serve.schema import (
@@ -148,7 +149,7 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
     ) -> LabelsReply:
         """Labels whose text (in any case) or uid begins with `prefix`."""
         view = ingress.view
-        rows = view.labels.rows(view.labels.starting_with(prefix, limit))
+        rows = label_rows(view.shown, view.labels.starting_with(prefix, limit))
         return LabelsReply(snapshot=view.manifest.id, labels=[LabelReply.model_validate(row) for row in rows])
 
     @api.get(
@@ -158,12 +159,12 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
     async def label(
         uid: Annotated[str, Path(min_length=1, max_length=1000, description="Of a label.", examples=["vim"])],
     ) -> LabelReply:
-        """The label with this uid."""
+        """The label with this uid, and its whole text."""
         found = ingress.view.labels
         index = found.find(uid)
         if index is None:
             raise UnknownLabelError(uid)
-        return LabelReply.model_validate(found.rows([index])[0])
+        return LabelReply.model_validate(label_rows(found.table, [index])[0])
 
     @api.get("/v1/memory", responses=_errors())
     async def memory() -> MemoryReply:

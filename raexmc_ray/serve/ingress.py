@@ -228,7 +228,7 @@ class Ingress:
     async def _aggregate(self, hits: Hits, queries: list[Query], deadline: float) -> list[list[ScoredLabel]]:
         """The answers for the texts of queries that ask for the same. Raises MissingShardsError."""
         query = queries[0]
-        settings, table = query.settings, query.view.labels.table
+        settings, table = query.settings, query.view.shown
         weights: dict[str, Any] = {"lambda_": settings.lambda_, "temperature": settings.temperature}
         cells = hits.key_ids_Bb.size + len(hits.key_ids_Bb) * settings.k * (1 + query.evidence)
 
@@ -243,10 +243,11 @@ class Ingress:
     async def _keys(self, key_ids: np.ndarray, queries: list[Query], deadline: float) -> dict[int, dict[str, str]]:
         """{key id: {"kind", "uid", "text"}}, asked of the shards that have them. Raises MissingShardsError."""
         snapshot, owners = queries[0].view.manifest.id, key_ids % len(self._look_ups)
+        characters = self._settings.limits.reply_characters
         shards = np.unique(owners).tolist()
 
         async def look_up(shard: int) -> pa.Table:
-            return await self._look_ups[shard].remote(snapshot, key_ids[owners == shard])
+            return await self._look_ups[shard].remote(snapshot, key_ids[owners == shard], characters)
 
         parts = await self._ask(shards, look_up, queries, deadline)
         if len(parts) < len(shards):

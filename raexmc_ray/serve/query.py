@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raexmc_ray.answer import ScoredLabel
 from raexmc_ray.files import Folder
 from raexmc_ray.label_lookup import LabelLookup
 from raexmc_ray.memory.index import CoarseQuantizer
+from raexmc_ray.memory.shard import cut_texts
 from raexmc_ray.memory.snapshot import LABELS, Manifest, open_snapshot
 from raexmc_ray.recipe import Neighbours, PredictionSection
 from raexmc_ray.serve.errors import UnknownLabelError
@@ -32,12 +34,15 @@ class View:
     quantizer: CoarseQuantizer | None
     defaults: PredictionSection
     """The snapshot's, as far as this application's limits allow them."""
+    shown: pa.Table
+    """The labels (index, uid, text) as replies have them: with texts that are cut."""
 
     @classmethod
     def open(cls, memory: Folder, snapshot: str, limits: Limits) -> View:
         opened = open_snapshot(memory, snapshot)
         labels = LabelLookup(pq.read_table(opened.file(LABELS)))
-        return cls(opened.manifest, labels, opened.quantizer(), within(limits, opened.manifest.defaults))
+        shown, defaults = cut_texts(labels.table, limits.reply_characters), within(limits, opened.manifest.defaults)
+        return cls(opened.manifest, labels, opened.quantizer(), defaults, shown)
 
     def indices(self, uids: list[str]) -> np.ndarray:
         """int64: the labels with these uids. Raises UnknownLabelError."""

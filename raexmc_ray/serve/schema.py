@@ -39,6 +39,9 @@ class Limits(BaseModel):
     """Keys retrieved for a text, of all or of each kind."""
     entries: int = Field(100_000, ge=1)
     """Labels and the keys named for them in a reply: texts × k × (1 + evidence). A kilobyte each, at the least."""
+    reply_characters: int = Field(1000, ge=1)
+    """Characters of the text of a label or key in a reply; of a longer one the last of them is "…". That of a label is
+    whole in `/v1/labels/UID`."""
     concurrent_requests: int = Field(128, ge=1)
     """Requests that an ingress replica works on at a time; without `serve/gate.py` in the proxies as many more wait,
     and the next one is told to come again (503, with Retry-After). The gate refuses sooner and cheaper: each proxy for
