@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.snapshot import open_snapshot, publish_current, verify
+from raexmc_ray.progress import Progress
 from raexmc_ray.serve.app import build_app
 from raexmc_ray.serve.errors import DeploymentFailedError
 from raexmc_ray.serve.guard import TOKENS, Tokens, refuse_open_door
@@ -23,6 +25,9 @@ from raexmc_ray.serve.schema import ServeSettings
 
 APPLICATION = "raexmc"
 POLL_S, PATIENCE_S = 0.3, 600.0
+SAY_S = 3.0
+"""Whoever waits for longer is told for what."""
+logger = logging.getLogger("raexmc_ray")
 
 
 @contextmanager
@@ -101,14 +106,17 @@ def rollout(snapshot: str | None = None, application: str = APPLICATION) -> tupl
             f"snapshot {target.manifest.id} has {target.manifest.shards} shards, the application runs "
             f"{now.manifest.shards}: deploy it anew (`serve deploy`)"
         )
-    for _ in verify(target):
-        pass
-    _hold(target.manifest.id, target.manifest.shards, application)
+    with _said(f"checking every byte of snapshot {target.manifest.id}"):
+        for _ in verify(target):
+            pass
+    with _said(f"waiting for every replica to open snapshot {target.manifest.id}"):
+        _hold(target.manifest.id, target.manifest.shards, application)
     names = ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(target.manifest.shards))]
     if target.manifest.id != before:  # whoever stays where they are goes back to where they came from
         previous = before
-    _set_user_config(client, application, names, {"snapshot": target.manifest.id, "previous": previous})
-    _wait(client, application)
+    with _said(f"waiting for every replica to move to snapshot {target.manifest.id}"):
+        _set_user_config(client, application, names, {"snapshot": target.manifest.id, "previous": previous})
+        _wait(client, application)
     return before, target.manifest.id
 
 
@@ -123,6 +131,18 @@ def rollback(application: str = APPLICATION) -> tuple[str, str]:
     moved = rollout(previous, application)
     publish_current(Folder.at(ServeSettings.model_validate(config["args"]).memory), previous)
     return moved
+
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Say what is being done, if it takes longer than SAY_S."""
+    timer = threading.Timer(SAY_S, lambda: Progress.quiet or logger.info("%s", what))
+    timer.daemon = True  # a command that is broken off does not wait for it
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _client() -> ServeSubmissionClient:
