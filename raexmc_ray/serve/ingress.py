@@ -158,7 +158,7 @@ class Ingress:
         """Answer each query of a batch, by its place in it, as soon as there is its reply, or its error."""
         began = time.perf_counter()
         batch = Batch(queries, began)
-        self._metrics.batch(sum(len(query.texts) for query in queries))
+        self._metrics.batch(batch.texts)
         for query in queries:
             self._metrics.stages({"queue": began - query.arrived})
         places = {query: place for place, query in enumerate(queries)}

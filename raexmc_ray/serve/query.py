@@ -101,7 +101,10 @@ class Batch:
     def __init__(self, queries: Sequence[Query], began: float) -> None:
         """Has each of them say that it rides in this one."""
         self.id = uuid.uuid4().hex[:16]
-        self._queries = queries
+        self.texts = sum(len(query.texts) for query in queries)
+        # Not the queries themselves: they have this, and a circle of objects is freed late.
+        self._requests = [query.request_id for query in queries]
+        self._snapshots = sorted({query.view.manifest.id for query in queries})
         self._stages = {"queue": began - min(query.arrived for query in queries)}
         self._shards: dict[int, float] = {}
         self._again: list[str] = []
@@ -130,9 +133,9 @@ class Batch:
         """Milliseconds are the slowest query's in each stage, and the slowest call's of each shard."""
         return {
             "batch": self.id,
-            "requests": [query.request_id for query in self._queries],
-            "texts": sum(len(query.texts) for query in self._queries),
-            "snapshots": sorted({query.view.manifest.id for query in self._queries}),
+            "requests": self._requests,
+            "texts": self.texts,
+            "snapshots": self._snapshots,
             "stages": {stage: round(1000 * seconds, 3) for stage, seconds in self._stages.items()},
             "shards": {shard: round(1000 * self._shards[shard], 3) for shard in sorted(self._shards)},
             "again": self._again,
