@@ -39,7 +39,8 @@ class Client:
     """Blocking client; keeps its connections, so use one for many calls. A context manager that closes them."""
 
     def __init__(self, url: str = DEFAULT_URL, *, token: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        """token: bearer token, where the application wants one. Every method raises ApiError, UnreachableError."""
+        """token: bearer token, where the application wants one. Raises ValueError for what is no URL; every method
+        raises ApiError, UnreachableError."""
         self._http = httpx.Client(**_settings(url, token, timeout_s))
 
     def predict(
@@ -98,7 +99,7 @@ class AsyncClient:
     """As `Client`, for asyncio."""
 
     def __init__(self, url: str = DEFAULT_URL, *, token: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        """token: bearer token, where the application wants one. Every method raises ApiError, UnreachableError."""
+        """As `Client`."""
         self._http = httpx.AsyncClient(**_settings(url, token, timeout_s))
 
     async def predict(
@@ -156,7 +157,11 @@ def _settings(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {token}"} if token else {}
     # Callers bound their own concurrency; httpx's default of 100 connections would queue behind their backs.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout_s, "limits": limits}
+    try:
+        base_url = httpx.URL(url.rstrip("/"))
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{url} is no URL such as {DEFAULT_URL}: {error}") from None
+    return {"base_url": base_url, "headers": headers, "timeout": timeout_s, "limits": limits}
 
 
 def _body(

@@ -30,10 +30,11 @@ class LabelLookup:
         texts = self._texts.from_(_fold(pa.scalar(prefix)).as_py(), limit, prefix=True)
         return list(dict.fromkeys([*texts, *self._uids.from_(prefix, limit, prefix=True)]))[:limit]
 
-    def rows(self, indices: list[int]) -> list[dict[str, str | int]]:
-        """[{"label", "uid", "text"}] of these labels."""
-        rows = self.table.select(["uid", "text"]).take(indices).to_pylist() if indices else []
-        return [{"label": index, **row} for index, row in zip(indices, rows, strict=True)]
+
+def label_rows(labels: pa.Table, indices: list[int]) -> list[dict[str, str | int]]:
+    """[{"label", "uid", "text"}] of these labels, by an Arrow table (index, uid, text) of all."""
+    rows = labels.select(["uid", "text"]).take(indices).to_pylist() if indices else []
+    return [{"label": index, **row} for index, row in zip(indices, rows, strict=True)]
 
 
 def _fold(text: pa.ChunkedArray | pa.Scalar) -> pa.ChunkedArray | pa.Scalar:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,6 +20,8 @@ from raexmc_ray.cli.output import print_answer, say_bytes
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.write import build_memory
+from raexmc_ray.progress import Progress
+from raexmc_ray.serve.run import _said
 
 RAEXMC = str(Path(sys.executable).parent / "raexmc")
 
@@ -51,11 +54,30 @@ def test_mistakes_are_said_in_one_line(tmp_path: Path, tiny_corpus: Path, small_
         ),
         (["score", str(small_memory), "x", "--output", str(tmp_path / "o"), "--neighbours", "0"], "neighbours.joint: "),
         (["query", "vim", "--url", "http://127.0.0.1:9"], "raexmc serve"),
+        (
+            ["query", "vim", "--url", "http://localhost:80a0"],
+            "http://localhost:80a0 is no URL such as http://127.0.0.1",
+        ),
     ):
         done = run(*arguments)
         assert done.returncode == 1, done.stdout + done.stderr
         assert says in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_roll_out_says_what_it_waits_for_when_that_takes_long(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raexmc_ray.serve.run.SAY_S", 0.1)
+    with caplog.at_level("INFO", logger="raexmc_ray"):
+        with _said("soon over"):
+            pass
+        with _said("takes long"):
+            time.sleep(0.5)
+        monkeypatch.setattr(Progress, "quiet", True)
+        with _said("takes long, quietly"):
+            time.sleep(0.5)
+    assert caplog.messages == ["takes long"]
 
 
 def test_brackets_in_texts_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -145,6 +146,8 @@ def test_a_mistake_of_ours_is_a_problem_and_is_counted_as_one(caplog: pytest.Log
     counted: list[tuple[str, int]] = []
 
     class Ingress:
+        view = SimpleNamespace(manifest=SimpleNamespace(id="s"))
+
         async def predict(self, *_: object) -> None:
             raise KeyError("/secret/path")
 
@@ -166,6 +169,20 @@ def test_a_mistake_of_ours_is_a_problem_and_is_counted_as_one(caplog: pytest.Log
     assert "abc-123" in traced.message
     assert traced.exc_info
     assert json.loads(entry.message)["status"] == 500
+
+
+def test_a_path_that_there_is_not_leads_nowhere() -> None:
+    counted: list[tuple[str, int]] = []
+    ingress = SimpleNamespace(answered=lambda path, status, _: counted.append((path, status)))
+
+    async def run() -> list[httpx.Response]:
+        async with talk_to(make_api(ingress, ServeSettings(memory="m"), Tokens(None))) as http:  # type: ignore[arg-type]
+            return [await http.get(path) for path in ("/v1/health/", "/v1/health///", "/v1/memory/", "/v1/health")]
+
+    replies = asyncio.run(run())
+    assert [reply.status_code for reply in replies] == [404, 404, 404, 200]
+    assert {reply.headers["content-type"] for reply in replies[:3]} == {"application/problem+json"}
+    assert [path for path, status in counted if status < 400] == ["/v1/health"], "each is a tag of the metrics"
 
 
 def test_the_gate_names_counts_and_logs_what_it_refuses(caplog: pytest.LogCaptureFixture) -> None:
@@ -194,8 +211,10 @@ def test_the_gate_answers_where_serve_has_only_its_own_words(caplog: pytest.LogC
     counted: list[tuple[str, int]] = []
 
     replies = {
-        "/lost": PlainTextResponse("ActorDiedError: /a/secret/path", 500),
-        "/ours": Response('{"status": 500}', 500, media_type="application/problem+json"),
+        "/v1/lost": PlainTextResponse("ActorDiedError: /a/secret/path", 500),
+        "/v1/ours": Response('{"status": 500}', 500, media_type="application/problem+json"),
+        "/v1/json": Response('{"status": 502}', 502, media_type="application/json"),
+        "/another": PlainTextResponse("another application's", 500),
     }
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,17 +225,62 @@ def test_the_gate_answers_where_serve_has_only_its_own_words(caplog: pytest.LogC
 
     async def run() -> list[httpx.Response]:
         async with talk_to(app) as http:
-            return [await http.get(path, headers={"x-request-id": path}) for path in ("/lost", "/silent", "/ours")]
+            paths = ("/v1/lost", "/v1/silent", "/v1/ours", "/v1/json", "/another")
+            return [await http.get(path, headers={"x-request-id": path}) for path in paths]
 
     with caplog.at_level(logging.INFO, logger="ray.serve.access"):
-        lost, silent, ours = asyncio.run(run())
+        lost, silent, *others = asyncio.run(run())
     for reply in (lost, silent):
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
         assert reply.json()["title"] == "Not available"
         assert "secret" not in reply.text
-    assert ours.json() == {"status": 500}
-    assert counted == [("/lost", 503), ("/silent", 503)], "ours are counted where they are made"
-    assert [json.loads(record.message)["request"] for record in caplog.records] == ["/lost", "/silent"]
+    assert [reply.text for reply in others] == ['{"status": 500}', '{"status": 502}', "another application's"]
+    assert counted == [("/v1/lost", 503), ("/v1/silent", 503)], "ours are counted where they are made"
+    assert [json.loads(record.message)["request"] for record in caplog.records] == ["/v1/lost", "/v1/silent"]
+
+
+def test_the_gate_leaves_other_applications_alone() -> None:
+    """They neither take places of ours nor are refused for what we are asked."""
+
+    async def run() -> list[int]:
+        come, go = asyncio.Semaphore(0), asyncio.Event()
+
+        async def held(request: Request) -> PlainTextResponse:
+            come.release()
+            await go.wait()
+            return PlainTextResponse("done")
+
+        paths = ["/another", "/another/v1/predict", "/v1x", "/-/routes", "/v1/predict"]
+        app = Starlette(routes=[Route(path, held) for path in paths])
+        async with talk_to(Gate(app, 1, lambda *_: None)) as http:
+            asked = [asyncio.ensure_future(http.get(path)) for path in (*paths, "/another")]
+            for _ in asked:
+                await come.acquire()
+            refused = [(await http.get(path)).status_code for path in ("/", "/openapi.json", "/v1/labels/x")]
+            go.set()
+            return [*refused, *(reply.status_code for reply in await asyncio.gather(*asked))]
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == 3 * [503] + 6 * [200]
+
+
+def test_a_prefix_changes_nothing_behind_it(tmp_path: Path) -> None:
+    """Serve tells an application of its `route_prefix` as ASGI's `root_path`."""
+    counted: list[tuple[str, int]] = []
+    (tmp_path / "tokens").write_text(OLD)
+    settings = ServeSettings(memory="m", tokens_file=str(tmp_path / "tokens"))
+    ingress = SimpleNamespace(answered=lambda path, status, _: counted.append((path, status)))
+    api = make_api(ingress, settings, Tokens(settings.tokens_file))  # type: ignore[arg-type]
+
+    async def run(prefix: str) -> list[int]:
+        transport = httpx.ASGITransport(api, root_path=prefix)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            paths = ("/", "/openapi.json", "/v1/health", "/v1/memory")
+            return [(await http.get(prefix + path)).status_code for path in paths]
+
+    for prefix in ("", "/raexmc", "/v1"):
+        assert asyncio.run(run(prefix)) == [200, 200, 200, 401], prefix
+        assert counted == [("/", 200), ("/openapi.json", 200), ("/v1/health", 200), ("/v1/memory", 401)]
+        counted.clear()
 
 
 def test_the_gate_keeps_room_for_probes() -> None:
@@ -263,7 +327,7 @@ def test_a_caller_that_left_is_no_refusal() -> None:
 def test_whether_it_is_ready_is_asked_once_for_all_who_want_to_know() -> None:
     asked: list[float] = []
 
-    async def predict(request: PredictRequest, request_id: str, started: float) -> None:
+    async def predict(request: PredictRequest, request_id: str, started: float, entry: dict) -> None:
         asked.append(started)
         await asyncio.sleep(0.1)
         if len(asked) == 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raexmc_ray.client import _body
-from raexmc_ray.serve.schema import PredictRequest
+from raexmc_ray.serve.api import make_api
+from raexmc_ray.serve.guard import Tokens
+from raexmc_ray.serve.schema import PredictRequest, ServeSettings
 
 VALIDATOR = jsonschema.Draft202012Validator(PredictRequest.model_json_schema())
 scalars = st.none() | st.booleans() | st.integers(-2, 20_000) | st.floats(-2, 200) | st.text(max_size=5)
@@ -92,6 +95,21 @@ def test_every_field_and_error_is_described_with_an_example() -> None:
         for name, field in model["properties"].items():
             assert field.get("description"), name
             assert field.get("examples") or field.get("type") == "boolean", name
+
+
+def test_every_parameter_is_described_with_an_example() -> None:
+    ingress = SimpleNamespace(answered=lambda *_: None)
+    document = make_api(ingress, ServeSettings(memory="m"), Tokens(None)).openapi()  # type: ignore[arg-type]
+    parameters = [
+        parameter
+        for operations in document["paths"].values()
+        for operation in operations.values()
+        for parameter in operation.get("parameters", [])
+    ]
+    assert {parameter["name"] for parameter in parameters} == {"prefix", "limit", "uid"}
+    for parameter in parameters:
+        assert parameter["description"], parameter["name"]
+        assert parameter["schema"]["examples"], parameter["name"]
 
 
 def test_the_client_sends_what_the_model_takes() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import ray
 import yaml
 from conftest import ROOT, free_port
 
@@ -21,19 +25,26 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture
 def config(tiny_run: Recipe) -> dict:
-    """The shipped local config, for the tiny memory and a free port."""
+    """The shipped local config, for the tiny memory and a free port, with the logs of the cluster's."""
     content = yaml.safe_load((ROOT / "serve_configs/local.yaml").read_text())
     content["http_options"]["port"] = free_port()
+    logs = yaml.safe_load((ROOT / "serve_configs/cluster.yaml").read_text())["applications"][0]["logging_config"]
+    content["applications"][0]["logging_config"] = logs
     content["applications"][0]["args"] = {"memory": f"{tiny_run.cluster.storage}/memory"}
     return content
 
 
 def serve_run(path: Path) -> subprocess.Popen[str]:
-    import ray
-
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_AUTH_MODE": "token"}
     command = [str(Path(sys.executable).parent / "serve"), "run", str(path)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def logged(deployment: str, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The wanted lines of a deployment's logs, each of which is a JSON object."""
+    files = Path(ray._private.worker._global_node.get_logs_dir_path()).glob(f"serve/replica_raexmc_{deployment}_*.log")
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [line for line in lines if wanted(line)]
 
 
 def test_the_shipped_config_serves(config: dict, tmp_path: Path) -> None:
@@ -52,8 +63,14 @@ def test_the_shipped_config_serves(config: dict, tmp_path: Path) -> None:
             except httpx.TransportError:
                 pass
             time.sleep(0.5)
-        reply = httpx.post(f"{url}/v1/predict", json={"texts": ["vim: an editor"], "k": 3}, timeout=60).json()
+        body = {"texts": ["vim: an editor"], "k": 3}
+        reply = httpx.post(f"{url}/v1/predict", json=body, headers={"x-request-id": "followed"}, timeout=60).json()
         assert len(reply["answers"][0]["labels"]) == 3
+        request, batch = logged("Ingress", lambda line: "followed" in (line.get("request"), *line.get("requests", [])))
+        assert (request["status"], request["texts"], request["deployment"]) == (200, 1, "Ingress")
+        assert request["batch"] == batch["batch"]
+        assert batch["shards"].keys() == {"0", "1", "2"}
+        assert not logged("Encoder", lambda line: "CALL" in line["message"]), "Serve's own line of each call"
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)

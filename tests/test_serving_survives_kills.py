@@ -9,24 +9,21 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 from conftest import Rounds, free_port
+from in_process import ingress_of
 from load import Answers, Load
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.util.state import get_actor
 
 import raexmc_ray
 from raexmc_ray.client import ApiError, Client
-from raexmc_ray.files import Folder
-from raexmc_ray.memory.shard import Shard
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.serve.errors import MissingShardsError
-from raexmc_ray.serve.ingress import BATCHES, Ingress
+from raexmc_ray.serve.ingress import BATCHES
 from raexmc_ray.serve.run import APPLICATION, serving
 from raexmc_ray.serve.schema import Joint, PredictReply, PredictRequest, ServeSettings
 
@@ -115,6 +112,21 @@ def test_after_a_lost_ingress_answers_are_right_again(url: str, tiny_texts: list
         assert load.broken == []
 
 
+def test_nobody_fails_while_a_shard_replica_hangs(url: str, tiny_texts: list[str], expected: Answers) -> None:
+    """It is stopped, and so neither answers nor raises anything: the other one is asked."""
+    with Load(url, tiny_texts[:TEXTS], expected) as load:
+        load.wait_for(10)
+        stopped = processes("MemoryShard-1")[0]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            time.sleep(2 * SHARD_TIMEOUT_S)  # what waited for it alone would be over
+            load.wait_for(10)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        load.wait_for(10)
+    assert load.wrong == load.errors == load.broken == []
+
+
 def test_a_missing_shard_is_named_or_left_out_where_that_is_allowed(
     url: str, tiny_run: Recipe, tiny_texts: list[str]
 ) -> None:
@@ -153,47 +165,20 @@ def test_a_missing_shard_is_named_or_left_out_where_that_is_allowed(
 async def asked_at_once(
     memory: Path, hanging: tuple[int, str], requests: list[PredictRequest]
 ) -> list[PredictReply | BaseException]:
-    """What the ingress answers to requests that ride in one batch, while a shard never ends calls of this method.
+    """What the ingress answers to requests that ride in one batch, while a shard never ends calls of this method."""
 
-    The ingress itself, with an encoder and shards in this process.
-    """
-    opened = raexmc_ray.open(memory)
-    shards = [Shard(opened.snapshot, shard) for shard in range(opened.manifest.shards)]
+    async def hang() -> None:
+        await asyncio.sleep(3600)
 
-    def handle(shard: int) -> Any:
-        async def call(method: str, *arguments: Any) -> Any:
-            if (shard, method) == hanging:
-                await asyncio.sleep(3600)
-            return getattr(shards[shard], method)(*arguments)
-
-        async def search(snapshot: str, *arguments: Any) -> Any:
-            return await call("search", *arguments)
-
-        async def keys(snapshot: str, key_ids: np.ndarray) -> Any:
-            return await call("keys", key_ids)
-
-        return SimpleNamespace(search=SimpleNamespace(remote=search), keys=SimpleNamespace(remote=keys))
-
-    async def encode(snapshot: str, texts: list[str]) -> np.ndarray:
-        return opened.encoder.encode(texts)
-
-    encoder = SimpleNamespace(encode=SimpleNamespace(remote=encode))
     settings = ServeSettings(memory=str(memory), timeout_s=3.0, shard_timeout_s=0.5)
-    plain = Ingress.func_or_class.__bases__[0]  # without what Serve wraps around it
-    ingress = plain(settings, Folder.at(memory), encoder, *map(handle, range(len(shards))))
-    await ingress.reconfigure({"snapshot": opened.manifest.id})
+    ingress = await ingress_of(settings, {hanging: hang})
     # The first ones are batches of their own, and keep the others waiting for each other.
     first = [PredictRequest(texts=["first"], allow_partial=True)] * BATCHES
-    calls = [ingress.predict(request, "id", time.perf_counter()) for request in [*first, *requests]]
+    calls = [ingress.predict(request, "id", time.perf_counter(), {}) for request in [*first, *requests]]
     return (await asyncio.gather(*calls, return_exceptions=True))[BATCHES:]
 
 
-@pytest.fixture
-def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raexmc_ray.serve.ingress._http_host", lambda: "127.0.0.1")
-
-
-def test_a_missing_shard_costs_a_mixed_batch_its_time_once(small_memory: Path, on_loopback: None) -> None:
+def test_a_missing_shard_costs_a_mixed_batch_its_time_once(small_memory: Path) -> None:
     """Searches with other neighbours are other searches: the shard's time-outs must not add up to the deadline."""
     requests = [
         PredictRequest(texts=["vim"], neighbours=Joint(joint=10 + number), allow_partial=bool(number % 2))
@@ -209,9 +194,7 @@ def test_a_missing_shard_costs_a_mixed_batch_its_time_once(small_memory: Path, o
             assert reply.shards == [2]
 
 
-def test_a_shard_lost_after_the_search_is_missed_by_those_who_ask_for_evidence(
-    small_memory: Path, on_loopback: None
-) -> None:
+def test_a_shard_lost_after_the_search_is_missed_by_those_who_ask_for_evidence(small_memory: Path) -> None:
     requests = [PredictRequest(texts=["vim: an editor"], evidence=evidence) for evidence in (0, 100, 0, 50)]
     replies = asyncio.run(asked_at_once(small_memory, (1, "keys"), requests))
     for request, reply in zip(requests, replies, strict=True):

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 
 from raexmc_ray.memory.hits import Hits, merge_hits, search_all
@@ -107,6 +108,17 @@ def join_keys(parts: Sequence[pa.Table]) -> dict[int, dict[str, str]]:
     table = pa.concat_tables(parts)
     rows = table.drop_columns(["key_id"]).to_pylist()
     return dict(zip(table["key_id"].to_pylist(), rows, strict=True))
+
+
+def cut_texts(table: pa.Table, characters: int) -> pa.Table:
+    """The table with no text of more than so many characters: of a longer one the last of them is "…"."""
+    texts = table["text"]
+    longer = pc.greater(pc.utf8_length(texts), characters)
+    if not pc.any(longer).as_py():
+        return table
+    end, between = (pa.scalar(text, texts.type) for text in ("…", ""))
+    cut = pc.binary_join_element_wise(pc.utf8_slice_codeunits(texts, 0, characters - 1), end, between)
+    return table.set_column(table.column_names.index("text"), "text", pc.if_else(longer, cut, texts))
 
 
 def key_rows(parts: Sequence[pa.Table], key_ids: np.ndarray) -> pa.Table:

@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from raexmc_ray.label_lookup import label_rows
 from raexmc_ray.serve.errors import MissingShardsError, RequestError, UnknownLabelError
 from raexmc_ray.serve.guard import PROBLEM_TYPE, Guard, Tokens
 from raexmc_ray.serve.schema import (
@@ -77,6 +78,7 @@ def make_api(ingress: Ingress, settings: ServeSettings, tokens: Tokens) -> FastA
         version="1",
         docs_url=None,  # Swagger's and Redoc's pages load scripts from outside
         redoc_url=None,
+        redirect_slashes=False,  # a path that there is not is that, and no way to one that there is
     )
     _add_errors(api)
     _add_routes(api, ingress, settings)
@@ -131,48 +133,51 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
     async def predict(body: PredictRequest, request: Request) -> Response:
         """The best labels of each text, with scores and, if asked for, the evidence for each."""
         state = request.state
-        reply = await ingress.predict(body, state.request_id, state.started)
-        state.log = {"texts": len(body.texts), "snapshot": reply.snapshot, "stages": reply.milliseconds}
+        # Before it is answered: what fails is looked for in the log, too.
+        state.log = {"texts": len(body.texts), "snapshot": ingress.view.manifest.id}
         if settings.log_texts:
             state.log["said"] = body.texts
+        reply = await ingress.predict(body, state.request_id, state.started, state.log)
+        state.log["stages"] = reply.milliseconds
         # Written by pydantic itself: FastAPI would validate the reply once more, and walk through it in Python.
         return Response(reply.model_dump_json(), media_type="application/json")
 
     @api.get("/v1/labels", responses=_errors(e422="The request is not valid"))
     async def labels(
-        prefix: Annotated[str, Query(min_length=1, max_length=200, description="How text or uid begins.")],
-        limit: Annotated[int, Query(ge=1, le=100, description="At most so many.")] = 10,
+        prefix: Annotated[str, Query(min_length=1, max_length=200, description="How it begins.", examples=["vi"])],
+        limit: Annotated[int, Query(ge=1, le=100, description="At most so many.", examples=[10])] = 10,
     ) -> LabelsReply:
         """Labels whose text (in any case) or uid begins with `prefix`."""
         view = ingress.view
-        rows = view.labels.rows(view.labels.starting_with(prefix, limit))
+        rows = label_rows(view.shown, view.labels.starting_with(prefix, limit))
         return LabelsReply(snapshot=view.manifest.id, labels=[LabelReply.model_validate(row) for row in rows])
 
     @api.get(
         "/v1/labels/{uid:path}",
         responses=_errors(e404="There is no such label", e422="The request is not valid"),
     )
-    async def label(uid: Annotated[str, Path(min_length=1, max_length=1000)]) -> LabelReply:
-        """The label with this uid."""
+    async def label(
+        uid: Annotated[str, Path(min_length=1, max_length=1000, description="Of a label.", examples=["vim"])],
+    ) -> LabelReply:
+        """The label with this uid, and its whole text."""
         found = ingress.view.labels
         index = found.find(uid)
         if index is None:
             raise UnknownLabelError(uid)
-        return LabelReply.model_validate(found.rows([index])[0])
+        return LabelReply.model_validate(label_rows(found.table, [index])[0])
 
     @api.get("/v1/memory", responses=_errors())
     async def memory() -> MemoryReply:
         """The snapshot in use and its sizes."""
-        manifest = ingress.view.manifest
+        manifest, defaults = ingress.view.manifest, ingress.view.defaults
         sizes = manifest.model_dump(
             include={"created", "instances", "labels", "shards", "dimension", "encoder_fingerprint"}
         )
-        defaults = manifest.defaults.model_dump(mode="json", by_alias=True, exclude_none=True)
         return MemoryReply(
             snapshot=manifest.id,
             index=manifest.index.kind,
             bytes=manifest.bytes_by_part(),
-            defaults=defaults,
+            defaults=defaults.model_dump(mode="json", by_alias=True, exclude_none=True),
             limits=limits,
             **sizes,
         )

@@ -23,12 +23,7 @@ def build_app(settings: ServeSettings) -> Application:
     memory = Folder.at(settings.memory)
     manifest = open_snapshot(memory, settings.snapshot).manifest
     # `max_surge_percent`: a new replica is there before the old one goes, so `serve deploy` needs no downtime either.
-    common: dict[str, Any] = {
-        "user_config": {"snapshot": manifest.id},
-        "max_surge_percent": 100,
-        # Serve would write a line for each call between deployments; ours has one a request, with what it was.
-        "logging_config": {"enable_access_log": False},
-    }
+    common: dict[str, Any] = {"user_config": {"snapshot": manifest.id}, "max_surge_percent": 100}
     threads = max(1, int(settings.encoder_cpus))
     encoders: dict[str, Any] = {"num_replicas": settings.encoder_replicas}
     if settings.encoder_replicas_at_most:

@@ -17,7 +17,7 @@ from ray import serve
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.hits import Hits
 from raexmc_ray.memory.index import Lists, use_threads
-from raexmc_ray.memory.shard import Shard
+from raexmc_ray.memory.shard import Shard, cut_texts
 from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.recipe import Neighbours, Precision
 from raexmc_ray.serve.batching import Batcher
@@ -93,5 +93,6 @@ class MemoryShard:
         # asks for a replica's health on another loop, or between two searches.
         return (await self._shards.get(snapshot)).search(queries_BD, neighbours, lists, asked)
 
-    async def keys(self, snapshot: str, key_ids: np.ndarray) -> pa.Table:
-        return (await self._shards.get(snapshot)).keys(key_ids)
+    async def keys(self, snapshot: str, key_ids: np.ndarray, characters: int) -> pa.Table:
+        """What `Shard.keys` has, with texts of at most so many characters."""
+        return cut_texts((await self._shards.get(snapshot)).keys(key_ids), characters)

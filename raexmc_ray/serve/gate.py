@@ -5,11 +5,13 @@ own queue is in no order. Serve takes middleware from a function that an environ
 (environment.py); RAEXMC_REQUESTS_AT_A_TIME says how many, 128 where it is not set. Without the gate, Serve's own limits
 hold (`build_app`). What is refused is in the proxy's log, and in `ray_raexmc_requests_total`, there with no
 application's name.
+
+A proxy has the requests of all of a cluster's applications. The gate knows ours by its paths, as they are where its
+`route_prefix` is "/", and lets others through as if it were not there; with another prefix there is no gate.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 
@@ -17,7 +19,8 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raexmc_ray.serve.guard import PROBES, PROBLEM_TYPE, Answered, access_log, request_id_of, send_problem
+from raexmc_ray.serve.guard import PROBES, Answered, access_log, request_id_of, send_problem
+from raexmc_ray.serve.logs import write
 from raexmc_ray.serve.metrics import request_counter
 from raexmc_ray.serve.schema import Limits
 
@@ -27,6 +30,8 @@ SPARE = 16
 takes a busy application for a dead one; and so that Serve's router, whose count lags behind, never waits."""
 LOST = "Not available", "A part of the application did not answer; try again"
 """Title and detail of the answer where Serve has none."""
+PAGES, API = frozenset({"/", "/openapi.json"}), "/v1/"
+"""Paths of the application, and how the others begin."""
 
 
 class Gate:
@@ -37,7 +42,7 @@ class Gate:
         self._app, self._limit, self._answered, self._running = app, limit, answered, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Serve's own: health and routes
+        if scope["type"] != "http" or not (scope["path"] in PAGES or scope["path"].startswith(API)):
             await self._app(scope, receive, send)
             return
         if self._running >= self._limit + (SPARE if scope["path"] in PROBES else 0):
@@ -54,9 +59,9 @@ class Gate:
         async def as_a_problem(message: Message) -> None:
             nonlocal begun, refused
             if message["type"] == "http.response.start":
-                kind = Headers(raw=message.get("headers", [])).get("content-type")
+                kind = Headers(raw=message.get("headers", [])).get("content-type", "")
                 failed = message["status"] >= 500 or message["status"] == 408
-                begun, refused = True, failed and kind != PROBLEM_TYPE.decode()
+                begun, refused = True, failed and kind.startswith("text/plain")  # as all of Serve's own are
                 if refused:
                     await self._refuse(scope, send, *LOST)
             if not refused:
@@ -79,7 +84,7 @@ class Gate:
             seconds = time.perf_counter() - started
             self._answered(path, 503, seconds)
             entry = {"request": request_id, "method": scope["method"], "path": path, "status": 503}
-            access_log.info("%s", json.dumps({**entry, "ms": round(1000 * seconds, 2)}))
+            write(access_log, f"request {request_id}", {**entry, "ms": round(1000 * seconds, 2)})
 
 
 def middlewares() -> list[Middleware]:

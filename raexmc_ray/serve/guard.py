@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raexmc_ray.serve.logs import write
 from raexmc_ray.serve.schema import Limits, Problem, ServeSettings
 
 PROBLEM_TYPE = b"application/problem+json"
@@ -99,7 +99,8 @@ def refuse_open_door(settings: ServeSettings, tokens: Tokens, host: str | None) 
     if not tokens and not settings.anonymous_access and not is_loopback(host):
         raise ValueError(
             f"the application would listen on {host or 'all interfaces'} with no token to guard it: set tokens_file or "
-            f"the environment variable {TOKENS}, or listen on 127.0.0.1, or say `anonymous_access: true`"
+            f"(where the cluster starts) the environment variable {TOKENS}, or listen on 127.0.0.1, or say "
+            "`anonymous_access: true`"
         )
 
 
@@ -121,7 +122,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        headers = dict(scope["headers"])
+        headers, path = dict(scope["headers"]), path_of(scope)
         # Serve's proxy gives each request an id, or keeps the caller's, and says it in the answer's headers.
         request_id = request_id_of(headers)
         state = scope.setdefault("state", {})
@@ -139,7 +140,7 @@ class Guard:
                 await answer(message)
 
         try:
-            refusal = self._refuse(scope["path"], headers)
+            refusal = self._refuse(path, headers)
             if refusal:
                 await send_problem(answer, *refusal, request_id)
             else:
@@ -158,8 +159,8 @@ class Guard:
         finally:
             seconds = time.perf_counter() - started
             entry["ms"] = round(1000 * seconds, 2)
-            self._answered(scope["path"], entry.get("status", CLIENT_GONE), seconds)
-            access_log.info("%s", json.dumps({**entry, **state.get("log", {})}))
+            self._answered(path, entry.get("status", CLIENT_GONE), seconds)
+            write(access_log, f"request {request_id}", {**entry, **state.get("log", {})})
 
     def _refuse(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
         limits = self._limits
@@ -176,6 +177,12 @@ class Guard:
         if length.isdigit() and int(length) > limits.body_bytes:
             return _too_large(limits.body_bytes)
         return None
+
+
+def path_of(scope: Scope) -> str:
+    """The path within the application, whose `route_prefix` may be another than "/"."""
+    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def request_id_of(headers: dict[bytes, bytes]) -> str:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import ray.exceptions
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -23,12 +22,14 @@ from raexmc_ray.memory.index import Lists
 from raexmc_ray.memory.shard import join_keys
 from raexmc_ray.predict import Evidence, Predictions, aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours, PredictionSection
+from raexmc_ray.serve.again import call_again
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.errors import MissingShardsError, RequestError
 from raexmc_ray.serve.guard import Tokens, refuse_open_door
+from raexmc_ray.serve.logs import write
 from raexmc_ray.serve.metrics import IngressMetrics
-from raexmc_ray.serve.query import Answer, Clock, Query, View, apart, reply_to, rows_of, span
+from raexmc_ray.serve.query import Answer, Batch, Clock, Query, View, apart, reply_to, rows_of, span
 from raexmc_ray.serve.schema import Joint, PredictReply, PredictRequest, ServeSettings
 
 BATCHES = 2
@@ -53,6 +54,9 @@ class Ingress:
         # Once: each attribute of a handle is a new handle.
         self._encode = encoder.encode
         self._searches, self._look_ups = [shard.search for shard in shards], [shard.keys for shard in shards]
+        # How long a call has no answer before another replica is asked, too; None where there is no other.
+        self._encoder_patience_s = settings.shard_timeout_s if most_encoders(settings) > 1 else None
+        self._shard_patience_s = settings.shard_timeout_s / 3 if settings.shard_replicas > 1 else None
         self._tokens = Tokens(settings.tokens_file)
         refuse_open_door(settings, self._tokens, _http_host())
         self._metrics = IngressMetrics()
@@ -71,7 +75,7 @@ class Ingress:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Move to a snapshot. Requests that are on their way are answered from the one that they came in under."""
-        self._view = await asyncio.to_thread(View.open, self._memory, config["snapshot"])
+        self._view = await asyncio.to_thread(View.open, self._memory, config["snapshot"], self._settings.limits)
 
     def check_health(self) -> None:
         """Serve asks every few seconds."""
@@ -88,12 +92,15 @@ class Ingress:
         resource, of_a_label, _ = path.partition("/labels/")
         self._metrics.request(f"{resource}/labels/{{uid}}" if of_a_label else path, status, seconds)
 
-    async def predict(self, request: PredictRequest, request_id: str, started: float) -> PredictReply:
-        """Answer a request that came at `started` (of `time.perf_counter`).
+    async def predict(
+        self, request: PredictRequest, request_id: str, started: float, entry: dict[str, Any]
+    ) -> PredictReply:
+        """Answer a request that came at `started` (of `time.perf_counter`). entry: what the access log is told of it.
 
         Raises RequestError, UnknownLabelError, TimeoutError, MissingShardsError.
         """
         view, deadline = self.view, started + self._settings.timeout_s
+        settings = self._effective(request, view.defaults)
         # In a thread, where there are any: thousands of look-ups would hold up every other request.
         allowed, blocked = [
             None if uids is None else await asyncio.to_thread(view.indices, uids)
@@ -102,7 +109,7 @@ class Ingress:
         query = Query(
             view,
             request.texts,
-            self._effective(request, view.manifest.defaults),
+            settings,
             request.evidence,
             allowed,
             blocked,
@@ -110,6 +117,7 @@ class Ingress:
             request_id,
             started,
             deadline,
+            entry,
         )
         async with _until(deadline):
             return await self._batcher.submit(query)
@@ -118,12 +126,12 @@ class Ingress:
         """Ask the encoder and every shard, once in READY_S whoever wants to know. Raises as `predict` does."""
         now = time.perf_counter()
         if not self._probe or (self._probe.done() and now > self._probed + READY_S):
-            question = PredictRequest(texts=["ready"], k=1)
-            self._probe, self._probed = asyncio.create_task(self.predict(question, "ready", now)), now
+            question = PredictRequest(texts=["?"], k=1)  # within any limits
+            self._probe, self._probed = asyncio.create_task(self.predict(question, "ready", now, {})), now
         await asyncio.shield(self._probe)  # others may wait for it, too
 
     def _effective(self, request: PredictRequest, defaults: PredictionSection) -> PredictionSection:
-        """The snapshot's defaults with the request's settings, within the limits. Raises RequestError."""
+        """The defaults, with the request's settings in their place. Raises RequestError beyond the limits."""
         limits, given = self._settings.limits, request.neighbours
         keys = given.joint if isinstance(given, Joint) else max(given.instances, given.labels) if given else 0
         for what, asked, limit in (
@@ -149,7 +157,8 @@ class Ingress:
     ) -> None:
         """Answer each query of a batch, by its place in it, as soon as there is its reply, or its error."""
         began = time.perf_counter()
-        self._metrics.batch(sum(len(query.texts) for query in queries))
+        batch = Batch(queries, began)
+        self._metrics.batch(batch.texts)
         for query in queries:
             self._metrics.stages({"queue": began - query.arrived})
         places = {query: place for place, query in enumerate(queries)}
@@ -160,9 +169,11 @@ class Ingress:
         async def of_a_snapshot(group: list[Query]) -> None:
             snapshot, texts = group[0].view.manifest.id, [text for query in group for text in query.texts]
             deadline, clock = max(query.deadline for query in group), Clock(began)
-            queries_BD = await self._call("encoder", deadline, self._encode.remote, snapshot, texts)
+            queries_BD = await self._call(
+                batch, "encoder", deadline, self._encoder_patience_s, self._encode.remote, snapshot, texts
+            )
             clock.lap("encode")
-            self._metrics.stages(clock.seconds)
+            self._spent(batch, clock.seconds)
             rows = rows_of(group)
 
             async def alike(some: list[Query]) -> None:
@@ -172,6 +183,7 @@ class Ingress:
 
         ordered = sorted(queries, key=lambda query: (query.retrieval, query.aggregation))
         await apart(ordered, lambda query: query.view.manifest.id, of_a_snapshot, answer)
+        write(log, f"batch {batch.id}", batch.entry())
 
     async def _retrieve(
         self, queries: list[Query], queries_BD: np.ndarray, deadline: float, clock: Clock, answer: Answer
@@ -197,7 +209,7 @@ class Ingress:
             hits = hits.with_rows(np.asarray(rows), merge_hits(list(parts.values()), neighbours))
         if hits.snapshot != view.manifest.id:
             raise SnapshotMismatchError(f"shards answered from {hits.snapshot}, asked for {view.manifest.id}")
-        self._metrics.stages({stage: clock.seconds[stage] for stage in ("search", "merge")})
+        self._spent(queries[0].batch, {stage: clock.seconds[stage] for stage in ("search", "merge")})
         missing = [shard for shard in shards if shard not in parts]
         places = rows_of(queries)
 
@@ -207,7 +219,7 @@ class Ingress:
             first, spent = span(some, places), clock.split()
             labels = await self._aggregate(hits.rows(first.start, first.stop), some, deadline)
             spent.lap("aggregate")
-            self._metrics.stages({"aggregate": spent.seconds["aggregate"]})
+            self._spent(some[0].batch, {"aggregate": spent.seconds["aggregate"]})
             for query, mine in rows_of(some).items():
                 answer(query, reply_to(query, labels[mine], missing, spent))
 
@@ -216,7 +228,7 @@ class Ingress:
     async def _aggregate(self, hits: Hits, queries: list[Query], deadline: float) -> list[list[ScoredLabel]]:
         """The answers for the texts of queries that ask for the same. Raises MissingShardsError."""
         query = queries[0]
-        settings, table = query.settings, query.view.labels.table
+        settings, table = query.settings, query.view.shown
         weights: dict[str, Any] = {"lambda_": settings.lambda_, "temperature": settings.temperature}
         cells = hits.key_ids_Bb.size + len(hits.key_ids_Bb) * settings.k * (1 + query.evidence)
 
@@ -231,10 +243,11 @@ class Ingress:
     async def _keys(self, key_ids: np.ndarray, queries: list[Query], deadline: float) -> dict[int, dict[str, str]]:
         """{key id: {"kind", "uid", "text"}}, asked of the shards that have them. Raises MissingShardsError."""
         snapshot, owners = queries[0].view.manifest.id, key_ids % len(self._look_ups)
+        characters = self._settings.limits.reply_characters
         shards = np.unique(owners).tolist()
 
         async def look_up(shard: int) -> pa.Table:
-            return await self._look_ups[shard].remote(snapshot, key_ids[owners == shard])
+            return await self._look_ups[shard].remote(snapshot, key_ids[owners == shard], characters)
 
         parts = await self._ask(shards, look_up, queries, deadline)
         if len(parts) < len(shards):
@@ -257,7 +270,9 @@ class Ingress:
         async def search(shard: int) -> Hits:
             started = time.perf_counter()
             hits: Hits = await self._searches[shard].remote(snapshot, queries_BD, neighbours, lists, asked)
-            self._metrics.shard(shard, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._metrics.shard(shard, seconds)
+            queries[0].batch.shard(shard, seconds)
             return hits
 
         parts = await self._ask(shards, search, queries, deadline)
@@ -269,37 +284,54 @@ class Ingress:
         self, shards: Iterable[int], call: Callable[[int], Awaitable[R]], queries: list[Query], deadline: float
     ) -> dict[int, R]:
         """What a call of each of these shards gives; without those that did not answer in time, counted and logged."""
-        until = min(deadline, time.perf_counter() + self._settings.shard_timeout_s)
+        until, batch = min(deadline, time.perf_counter() + self._settings.shard_timeout_s), queries[0].batch
 
         async def one(shard: int) -> tuple[int, R | None]:
             try:
-                return shard, await self._call(f"shard {shard}", until, call, shard)
+                return shard, await self._call(batch, f"shard {shard}", until, self._shard_patience_s, call, shard)
             except Exception as error:
                 self._metrics.missing(shard)
-                requests = [query.request_id for query in queries]
-                log.warning(
-                    "shard %d did not answer (%s: %s), requests %s", shard, type(error).__name__, error, requests
-                )
+                batch.missing(shard)
+                log.warning("batch %s: shard %d did not answer (%s: %s)", batch.id, shard, type(error).__name__, error)
                 return shard, None
 
         answers = await asyncio.gather(*map(one, shards))
         return {shard: answer for shard, answer in answers if answer is not None}
 
-    async def _call(self, of: str, deadline: float, remote: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
-        """The call's result; made once more, on another replica, where it was lost with its replica."""
+    async def _call(
+        self,
+        batch: Batch,
+        of: str,
+        deadline: float,
+        after_s: float | None,
+        remote: Callable[..., Awaitable[R]],
+        *arguments: Any,
+    ) -> R:
+        """The call's result; made once more, on another replica, where it was lost with its replica, or had no answer
+        after `after_s` seconds."""
+
+        def again() -> None:
+            self._metrics.retry(of)
+            batch.again(of)
+
         async with _until(deadline):
-            try:
-                return await remote(*arguments)
-            except ray.exceptions.RayActorError:
-                self._metrics.retry(of)
-                return await remote(*arguments)
+            return await call_again(lambda: remote(*arguments), after_s, again)
+
+    def _spent(self, batch: Batch, seconds: dict[str, float]) -> None:
+        """So long was spent in each stage."""
+        self._metrics.stages(seconds)
+        batch.spent(seconds)
 
 
 def batches_at_a_time(settings: ServeSettings) -> int:
     """Batches that an ingress has on their way: BATCHES for each encoder that there may be, its share of them where
     there are other ingresses. Were they fewer, Serve would never see encoders in demand, and add none."""
-    encoders = max(settings.encoder_replicas, settings.encoder_replicas_at_most or 0)
-    return max(BATCHES, -(-BATCHES * encoders // settings.ingress_replicas))
+    return max(BATCHES, -(-BATCHES * most_encoders(settings) // settings.ingress_replicas))
+
+
+def most_encoders(settings: ServeSettings) -> int:
+    """Encoders that there may be."""
+    return max(settings.encoder_replicas, settings.encoder_replicas_at_most or 0)
 
 
 async def _aside(cells: int, work: Callable[..., R], *arguments: Any) -> R:

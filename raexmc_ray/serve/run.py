@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,13 +17,17 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.snapshot import open_snapshot, publish_current, verify
+from raexmc_ray.progress import Progress
 from raexmc_ray.serve.app import build_app
 from raexmc_ray.serve.errors import DeploymentFailedError
-from raexmc_ray.serve.guard import Tokens, refuse_open_door
+from raexmc_ray.serve.guard import TOKENS, Tokens, refuse_open_door
 from raexmc_ray.serve.schema import ServeSettings
 
 APPLICATION = "raexmc"
 POLL_S, PATIENCE_S = 0.3, 600.0
+SAY_S = 3.0
+"""Whoever waits for longer is told for what."""
+logger = logging.getLogger("raexmc_ray")
 
 
 @contextmanager
@@ -30,10 +37,12 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
     Raises FileNotFoundError, SnapshotError, DeploymentFailedError; ValueError for an open door, and where the cluster
     serves something already, which would end with this.
     """
-    if "://" not in settings.memory:  # `rollout` opens it from wherever it is called
-        settings = settings.model_copy(update={"memory": str(Folder.at(settings.memory))})
+    settings = _from_anywhere(settings)
     build_app(settings)  # what is wrong with the memory is said here, and not in a log of Serve's
-    refuse_open_door(settings, Tokens(settings.tokens_file), host)
+    if os.environ.get("RAY_ADDRESS"):
+        _refuse_tokens_of_this_shell(settings)
+    else:
+        refuse_open_door(settings, Tokens(settings.tokens_file), host)
     client = _client()
     if others := sorted(client.get_serve_details().get("applications", {})):
         raise ValueError(
@@ -45,6 +54,8 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
         "route_prefix": "/",
         "import_path": "raexmc_ray.serve.app:build_app",
         "args": settings.model_dump(mode="json"),
+        # Serve would write a line for each call between deployments; ours are one a request and one a batch.
+        "logging_config": {"enable_access_log": False},
     }
     http = {"host": host, "port": port}
     client.deploy_applications({"proxy_location": "HeadOnly", "http_options": http, "applications": [application]})
@@ -53,6 +64,27 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
+
+
+def _from_anywhere(settings: ServeSettings) -> ServeSettings:
+    """The settings with whole paths: replicas, and `rollout`, have another working directory."""
+    memory, file = settings.memory, settings.tokens_file
+    whole = {
+        "memory": memory if "://" in memory else str(Folder.at(memory)),
+        "tokens_file": str(Path(file).absolute()) if file else None,
+    }
+    return settings.model_copy(update=whole)
+
+
+def _refuse_tokens_of_this_shell(settings: ServeSettings) -> None:
+    """Raise ValueError where the caller counts on tokens that the replicas of a running cluster do not see. Whether the
+    door is open is for them to say: they have the cluster's environment, and the files of its nodes."""
+    if os.environ.get(TOKENS) and not settings.tokens_file:
+        raise ValueError(
+            f"{TOKENS} of this shell guards nothing on a cluster that runs already: its replicas have the environment "
+            f"it was started with: set tokens_file (of every node), or set {TOKENS} where the cluster starts and unset "
+            "it here"
+        )
 
 
 def rollout(snapshot: str | None = None, application: str = APPLICATION) -> tuple[str, str]:
@@ -74,14 +106,17 @@ def rollout(snapshot: str | None = None, application: str = APPLICATION) -> tupl
             f"snapshot {target.manifest.id} has {target.manifest.shards} shards, the application runs "
             f"{now.manifest.shards}: deploy it anew (`serve deploy`)"
         )
-    for _ in verify(target):
-        pass
-    _hold(target.manifest.id, target.manifest.shards, application)
+    with _said(f"checking every byte of snapshot {target.manifest.id}"):
+        for _ in verify(target):
+            pass
+    with _said(f"waiting for every replica to open snapshot {target.manifest.id}"):
+        _hold(target.manifest.id, target.manifest.shards, application)
     names = ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(target.manifest.shards))]
     if target.manifest.id != before:  # whoever stays where they are goes back to where they came from
         previous = before
-    _set_user_config(client, application, names, {"snapshot": target.manifest.id, "previous": previous})
-    _wait(client, application)
+    with _said(f"waiting for every replica to move to snapshot {target.manifest.id}"):
+        _set_user_config(client, application, names, {"snapshot": target.manifest.id, "previous": previous})
+        _wait(client, application)
     return before, target.manifest.id
 
 
@@ -96,6 +131,18 @@ def rollback(application: str = APPLICATION) -> tuple[str, str]:
     moved = rollout(previous, application)
     publish_current(Folder.at(ServeSettings.model_validate(config["args"]).memory), previous)
     return moved
+
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Say what is being done, if it takes longer than SAY_S."""
+    timer = threading.Timer(SAY_S, lambda: Progress.quiet or logger.info("%s", what))
+    timer.daemon = True  # a command that is broken off does not wait for it
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _client() -> ServeSubmissionClient:

@@ -23,7 +23,8 @@ MAX_TEXTS, MAX_CHARACTERS, MAX_K, MAX_NEIGHBOURS, MAX_FILTER = 256, 20_000, 1000
 
 
 class Limits(BaseModel):
-    """What one request may ask for, and how many may come; each may be lowered, most may not be raised."""
+    """What one request may ask for, and how many may come; each may be lowered, most may not be raised. A snapshot's
+    defaults that are beyond `k` or `neighbours` are cut to these."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     body_bytes: int = Field(8 << 20, ge=1024)
@@ -38,6 +39,9 @@ class Limits(BaseModel):
     """Keys retrieved for a text, of all or of each kind."""
     entries: int = Field(100_000, ge=1)
     """Labels and the keys named for them in a reply: texts × k × (1 + evidence). A kilobyte each, at the least."""
+    reply_characters: int = Field(1000, ge=1)
+    """Characters of the text of a label or key in a reply; of a longer one the last of them is "…". That of a label is
+    whole in `/v1/labels/UID`."""
     concurrent_requests: int = Field(128, ge=1)
     """Requests that an ingress replica works on at a time; without `serve/gate.py` in the proxies as many more wait,
     and the next one is told to come again (503, with Retry-After). The gate refuses sooner and cheaper: each proxy for
@@ -68,7 +72,8 @@ class ServeSettings(BaseModel):
     """`auto`: bfloat16 on a GPU that has it, float32 on a CPU. bfloat16 on a CPU that has it encodes sooner;
     a score then may differ by 5e-3 with what else is encoded in its batch, where it is 1e-5 in float32."""
     shard_replicas: int = Field(1, ge=1)
-    """Replicas of each shard; with two, nobody notices that one is lost."""
+    """Replicas of each shard; with two, nobody notices that one is lost, and one that hangs costs a third of
+    `shard_timeout_s`: then the other is asked, too."""
     shard_cpus: float = Field(0.1, gt=0)
     """CPUs that each shard replica reserves; it searches with as many threads, one at least."""
     shard_gpus: float = Field(0.0, ge=0)
@@ -245,7 +250,7 @@ class MemoryReply(BaseModel):
     defaults: dict[str, object] = Field(
         examples=[{"lambda": 0.5, "temperature": 0.08, "neighbours": {"joint": 200}, "k": 10}]
     )
-    """λ, temperature, neighbours and k where a request leaves them out."""
+    """λ, temperature, neighbours and k where a request leaves them out: the snapshot's, within the limits."""
     limits: Limits
     """What a request may ask for."""
 
