@@ -136,7 +136,12 @@ def rollback(application: str = APPLICATION) -> tuple[str, str]:
 @contextmanager
 def _said(what: str) -> Iterator[None]:
     """Say what is being done, if it takes longer than SAY_S."""
-    timer = threading.Timer(SAY_S, lambda: Progress.quiet or logger.info("%s", what))
+
+    def say() -> None:
+        if not Progress.quiet:
+            logger.info("%s", what)
+
+    timer = threading.Timer(SAY_S, say)
     timer.daemon = True  # a command that is broken off does not wait for it
     timer.start()
     try:
