@@ -29,7 +29,7 @@ def config(tiny_run: Recipe) -> dict:
     content = yaml.safe_load((ROOT / "serve_configs/local.yaml").read_text())
     content["http_options"]["port"] = free_port()
     logs = yaml.safe_load((ROOT / "serve_configs/cluster.yaml").read_text())["applications"][0]["logging_config"]
-    content["applications"][0]["logging_config"] = logs
+    content["applications"][0] |= {"name": "shipped", "logging_config": logs}  # others' logs lie beside it
     content["applications"][0]["args"] = {"memory": f"{tiny_run.cluster.storage}/memory"}
     return content
 
@@ -42,7 +42,7 @@ def serve_run(path: Path) -> subprocess.Popen[str]:
 
 def logged(deployment: str, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """The wanted lines of a deployment's logs, each of which is a JSON object."""
-    files = Path(ray._private.worker._global_node.get_logs_dir_path()).glob(f"serve/replica_raexmc_{deployment}_*.log")
+    files = Path(ray._private.worker._global_node.get_logs_dir_path()).glob(f"serve/replica_shipped_{deployment}_*.log")
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [line for line in lines if wanted(line)]
 
