@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, tiny_settings
+from conftest import ROOT, free_port, tiny_settings
 
 from raexmc_ray.files import Scratch
 
@@ -49,7 +49,8 @@ from raexmc_ray.cluster import connected
 ANOTHER = '''
 import sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": int(sys.argv[1])}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 print("up", flush=True)
 sys.stdin.read()
 cluster.shutdown()
@@ -74,7 +75,7 @@ with connected():
     actor = Actor.remote()
     name = ray.get(actor.id.remote())
     pipe = subprocess.PIPE
-    another = subprocess.Popen([sys.executable, "-c", ANOTHER], stdin=pipe, stdout=pipe, text=True)
+    another = subprocess.Popen([sys.executable, "-c", ANOTHER, sys.argv[1]], stdin=pipe, stdout=pipe, text=True)
     assert another.stdout.readline() == "up\\n"
     print(ray.get(is_taken_for_dead.remote(name)))
     another.stdin.close()
@@ -164,5 +165,6 @@ def test_the_demo_killed_at_a_random_moment_leaves_nothing_and_runs_again(tiny_c
 def test_another_cluster_of_the_machine_is_not_asked_who_is_alive() -> None:
     """One that was started as by `ray start`, which knows none of our actors: Ray Train would end its own workers."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
-    run = subprocess.run([sys.executable, "-c", BESIDE], capture_output=True, text=True, env=environment, cwd=ROOT)
+    command = [sys.executable, "-c", BESIDE, str(free_port())]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.stdout.splitlines()[-1:] == ["False"], run.stdout + run.stderr

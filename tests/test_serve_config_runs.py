@@ -67,7 +67,7 @@ def test_the_shipped_config_serves(config: dict, tmp_path: Path) -> None:
         reply = httpx.post(f"{url}/v1/predict", json=body, headers={"x-request-id": "followed"}, timeout=60).json()
         assert len(reply["answers"][0]["labels"]) == 3
         request, batch = logged("Ingress", lambda line: "followed" in (line.get("request"), *line.get("requests", [])))
-        assert (request["status"], request["texts"], request["deployment"]) == (200, 1, "Ingress")
+        assert (request["status"], request["texts"], request["deployment"]) == (200, 1, "shipped_Ingress")
         assert request["batch"] == batch["batch"]
         assert batch["shards"].keys() == {"0", "1", "2"}
         assert not logged("Encoder", lambda line: "CALL" in line["message"]), "Serve's own line of each call"

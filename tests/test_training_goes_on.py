@@ -149,7 +149,7 @@ def test_a_killed_worker_changes_nothing_in_the_result(
         "no worker has begun again",
         "again from step [1-9]",
     ]
-    assert re.search("(?s).*".join(said), caplog.text), caplog.text
+    assert re.search(".*".join(said), caplog.text, re.DOTALL), caplog.text
     assert same_weights(encoder, trained_encoder(tiny_run, read_corpus(tiny_run.corpus.path)))
 
 
