@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from raexmc_ray.memory.hits import Hits
+from raexmc_ray.memory.order import best_columns
 from raexmc_ray.ragged import rank_in_row
 
 BY_SIMILARITY = 0.05
@@ -118,16 +119,14 @@ def aggregate(
         parted_BW.partition(W - k, axis=1)
         there_BW &= scores_BW >= parted_BW[:, W - k, None]
     best = np.flatnonzero(there_BW)
-    row, label, score = best // max(1, W), labels_BW.ravel()[best], scores_BW.ravel()[best]
-    order = np.lexsort((-score, row))  # stable: labels ascend in a row
-    row, label, score = row[order], label[order], score[order]
+    row = best // max(1, W)
     rank = rank_in_row(row)
-    top = rank < k
-    labels_Bk = np.full((B, k), -1, np.int64)
-    scores_Bk = np.zeros((B, k), np.float32)
-    labels_Bk[row[top], rank[top]] = label[top]
-    scores_Bk[row[top], rank[top]] = score[top]
-    return Predictions(labels_Bk, scores_Bk)
+    shape = B, max(k, 1 + int(rank.max(initial=-1)))
+    scores_Bn, labels_Bn = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
+    scores_Bn[row, rank], labels_Bn[row, rank] = scores_BW.ravel()[best], labels_BW.ravel()[best]
+    columns = best_columns(scores_Bn, labels_Bn, k)
+    labels_Bk, scores_Bk = np.take_along_axis(labels_Bn, columns, 1), np.take_along_axis(scores_Bn, columns, 1)
+    return Predictions(labels_Bk, np.where(labels_Bk >= 0, scores_Bk, np.float32(0)))
 
 
 def _row_blocks(hits: Hits) -> list[tuple[int, int]]:
@@ -171,8 +170,8 @@ def _mass(hits: Hits, weights_Bb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels_BW = packed_BW >> dtype.type(bits)
     weights = np.zeros((B, 1 << bits))
     weights[:, :b] = weights_Bb
-    places_BW = packed_BW & dtype.type((1 << bits) - 1)
-    votes_BW = np.take_along_axis(weights, places_BW.astype(np.intp), axis=1)
+    places_BW = (packed_BW & dtype.type((1 << bits) - 1)).astype(np.intp) + (np.arange(B) << bits)[:, None]
+    votes_BW = np.take(weights, places_BW)
     first_BW = np.ones(packed_BW.shape, bool)
     np.not_equal(labels_BW[:, 1:], labels_BW[:, :-1], out=first_BW[:, 1:])
     scores_BW = np.zeros(packed_BW.shape, np.float32)
