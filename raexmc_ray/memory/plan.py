@@ -70,7 +70,7 @@ def shard_bytes(spec: IndexSpec, keys: int) -> int:
 def build_bytes(spec: IndexSpec, keys: int, shards: int, table: int) -> int:
     """Bytes of the process that writes one of so many shards, with so many keys, at its peak.
 
-    table: bytes of the keys' texts and labels, of which there are two copies for a while.
+    table: bytes of the keys' texts and labels.
     """
     block = BLOCK_BYTES * spec.dimension * min(keys, BLOCK_KEYS // shards)
     index = index_bytes(spec, keys)
@@ -78,7 +78,7 @@ def build_bytes(spec: IndexSpec, keys: int, shards: int, table: int) -> int:
     growing = _code_bytes(spec, keys) + ID_BYTES * keys if spec.kind == "ivf-pq" else 0
     if spec.kind == "hnsw" or spec.kind.startswith(FACTORY):
         growing = index
-    return PROCESS_BYTES + index + growing + vectors_bytes(spec, keys) + block + 2 * table
+    return PROCESS_BYTES + index + growing + vectors_bytes(spec, keys) + block + table
 
 
 def training_bytes(spec: IndexSpec) -> int:
