@@ -308,6 +308,7 @@ def main(names: Sequence[str]) -> None:
 
 
 def targets_of(kind: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `measure` has of a kind, beside what it must reach."""
     block = 16 * UNIT_KEYS * DIMENSION * 4 / SHARDS
     peak, limit = measured["peak_of_all_writers_bytes"], 1.3 * measured["index_bytes"] + block
     planned = abs(measured["planned_bytes"] / measured["index_bytes"] - 1)

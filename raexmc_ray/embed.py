@@ -248,11 +248,9 @@ class _UnitEncoder:
     def __init__(self, encoder: Folder, embeddings: Embeddings, batch_size: int, threads: int, gpu: bool) -> None:
         from raexmc_ray.encoder import use_hardware
 
-        # For a call to say: Ray Data makes a trace of what is raised here.
-        self._refused = (
-            "" if encoder.names() else f"{encoder}: is not seen by every node: set cluster.storage to what is"
-        )
-        if self._refused:
+        self._refused = ""  # for a call to say: Ray Data makes a trace of what is raised here
+        if not encoder.names():
+            self._refused = f"{encoder}: is not seen by every node: set cluster.storage to a folder that is"
             return
         self._encoder = use_hardware(load_encoder(encoder), threads, keys=True, gpu=gpu)
         self._embeddings, self._batch_size = embeddings, batch_size

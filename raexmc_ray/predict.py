@@ -83,14 +83,15 @@ def aggregate(
     """
     blocks = _row_blocks(hits)
     if len(blocks) > 1:
-        settings: dict[str, Any] = {"lambda_": lambda_, "temperature": temperature, "k": k}
         parts = [
             aggregate(
                 hits.rows(start, stop),
+                lambda_=lambda_,
+                temperature=temperature,
+                k=k,
                 exclude=None if exclude is None else exclude[start:stop],
                 allowed=allowed,
                 blocked=blocked,
-                **settings,
             )
             for start, stop in blocks
         ]

@@ -58,6 +58,13 @@ def test_a_text_that_cannot_be_encoded_is_named(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.rglob("unit-*"))
 
 
+def test_an_encoder_that_a_node_does_not_see_is_told_with_the_remedy(tmp_path: Path) -> None:
+    unit = pa.table({"key_id": [0], "text": ["a text"]})
+    embeddings = Embeddings(Folder.at(tmp_path / "embeddings"), 1, 1, "float32")
+    (said,) = _UnitEncoder(Folder.at(tmp_path / "encoder"), embeddings, 64, 1, gpu=False)(unit)["error"]
+    assert said == f"{tmp_path}/encoder: is not seen by every node: set cluster.storage to a folder that is"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
