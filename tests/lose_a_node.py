@@ -73,6 +73,7 @@ def kill(node: Node) -> None:
     for started in node.all_processes.values():
         for process in started:
             root = psutil.Process(process.process.pid)
+            root.suspend()  # or a raylet starts workers in the place of those that die, which outlive it
             for member in [*root.children(recursive=True), root]:
                 killed.append(" ".join(member.cmdline())[:30])
                 member.kill()

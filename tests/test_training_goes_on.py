@@ -34,6 +34,8 @@ from raexmc_ray.train.trainer import LOCK, train, trained_encoder
 
 pytestmark = pytest.mark.ray
 CHECKPOINTS = {"checkpoint_every": 2}
+AT_START = signal.getsignal(signal.SIGINT)
+"""Before any training; that of a shell's background job ignores it."""
 
 
 def test_the_encoder_is_published_and_not_trained_twice(tiny_run: Recipe) -> None:
@@ -81,7 +83,7 @@ def test_no_memory_is_built_with_a_trained_encoder_that_was_altered(tiny_run: Re
 
 
 def test_an_interrupt_means_after_the_training_what_it_meant_before(tiny_run: Recipe) -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is AT_START
 
 
 def test_a_run_leaves_its_curves_and_picture(tiny_run: Recipe) -> None:
