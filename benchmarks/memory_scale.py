@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAEXMC_NUM_CPUS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `raexmc evaluate` has it (cluster.SLEEP_WHEN_IDLE)
 
 import faiss
 import numpy as np

@@ -24,6 +24,14 @@ KEEP_FREED_MEMORY = {
 malloc arena gives memory back to the kernel at every step, which on two cores took a sixth of the speed, in page
 faults."""
 
+SLEEP_WHEN_IDLE = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Of a process that computes with OpenMP and waits for others: its threads sleep when there is nothing to do. By
+default they spin for a while, on cores that the next process on a query's way needs. Read where OpenMP is loaded."""
+
+INLINE_BYTES = 4 << 20
+"""What a call to a process of a local cluster returns comes with its reply up to this size. By default that is 100 kB,
+and what is larger takes the way by the object store, which costs a batch of searches a twentieth of its time."""
+
 API_SERVER = "RAY_API_SERVER_ADDRESS"
 """Environment variable: where Ray's own processes ask for the state of their cluster. Where it is not set they ask any
 cluster of the machine that has a dashboard; Ray Train, which asks whether its controller is alive, then takes it for
@@ -57,7 +65,7 @@ def connected(*, dashboard: bool = False, existing: bool = False) -> Iterator[No
             num_cpus=None if address else cpus,
             include_dashboard=None if address else dashboard,
             # It works for the command that waits for it. By default Ray's workers step back behind all other processes.
-            _system_config=None if address else {"worker_niceness": 0},
+            _system_config=None if address else {"worker_niceness": 0, "max_direct_call_object_size": INLINE_BYTES},
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

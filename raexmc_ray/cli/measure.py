@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated
 
 import typer
@@ -27,7 +28,9 @@ def evaluate(
     if predictions and report:
         raise ValueError("--report looks into the memory, and --predictions at what was written: give one of them")
     settings, corpus = read_run(recipe, overrides)
-    from raexmc_ray.cluster import connected
+    from raexmc_ray.cluster import SLEEP_WHEN_IDLE, connected
+
+    os.environ.update(SLEEP_WHEN_IDLE)  # before FAISS is imported, by what follows
     from raexmc_ray.evaluation import EVALUATION, format_table
     from raexmc_ray.evaluation import evaluate as measure_memory
     from raexmc_ray.evaluation.predictions import PREDICTIONS, evaluate_predictions
@@ -96,7 +99,9 @@ def tune(
     if metric is not None and metric not in SWEPT:
         raise ValueError(f"--metric {metric}: choose one of {', '.join(SWEPT)}")
     settings, corpus = read_run(recipe, overrides)
-    from raexmc_ray.cluster import connected
+    from raexmc_ray.cluster import SLEEP_WHEN_IDLE, connected
+
+    os.environ.update(SLEEP_WHEN_IDLE)  # before FAISS is imported, by what follows
     from raexmc_ray.evaluation import format_table
     from raexmc_ray.evaluation.held_out import held_out_rows
     from raexmc_ray.evaluation.tune import TUNING, publish_tuned, tune

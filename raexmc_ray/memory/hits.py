@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from raexmc_ray.memory.order import best_columns
-from raexmc_ray.ragged import ragged_places
+from raexmc_ray.ragged import RaggedRows
 from raexmc_ray.recipe import Neighbours
 
 
@@ -46,14 +46,11 @@ class Hits:
 
     def with_rows(self, rows: np.ndarray, other: Hits) -> Hits:
         """These hits, but with those of `other` for the queries `rows`."""
-        shape = self.key_ids_Bb.shape
-        starts, lengths = self.vote_offsets[:-1].reshape(shape).copy(), np.diff(self.vote_offsets).reshape(shape)
-        starts[rows] = len(self.votes) + other.vote_offsets[:-1].reshape(other.key_ids_Bb.shape)
-        lengths[rows] = np.diff(other.vote_offsets).reshape(other.key_ids_Bb.shape)
         key_ids, scores, is_label = self.key_ids_Bb.copy(), self.scores_Bb.copy(), self.is_label_Bb.copy()
         key_ids[rows], scores[rows], is_label[rows] = other.key_ids_Bb, other.scores_Bb, other.is_label_Bb
-        votes = np.concatenate([self.votes, other.votes])[ragged_places(starts.ravel(), lengths.ravel())]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        all_votes, (places_Bb, others_Bb) = _votes_of([self, other])
+        places_Bb[rows] = others_Bb
+        votes, offsets = all_votes.take(places_Bb.ravel())
         return Hits(key_ids, scores, is_label, votes, offsets, self.snapshot)
 
     def cut(self, neighbours: Neighbours, without: np.ndarray | None = None) -> Hits:
@@ -143,25 +140,28 @@ def merge_hits(parts: Sequence[Hits], neighbours: Neighbours) -> Hits:
     B, n = scores_Bn.shape
     found = scores_Bn > -np.inf
     keys_Bb, scores_Bb = np.full((B, width), -1, np.int64), np.full((B, width), -np.inf, np.float32)
-    is_label_Bb, lengths_Bb = np.zeros((B, width), bool), np.zeros((B, width), np.int64)
+    is_label_Bb = np.zeros((B, width), bool)
     scores_Bb[:, :n] = scores_Bn
     keys_Bb[:, :n] = np.where(found, np.take_along_axis(key_ids, columns, 1), -1)
     is_label_Bb[:, :n] = np.take_along_axis(is_label, columns, 1) & found
-    starts, lengths = _vote_places(parts)
-    lengths_Bb[:, :n] = np.take_along_axis(lengths, columns, 1) * found
-    places = ragged_places(np.take_along_axis(starts, columns, 1).ravel(), lengths_Bb[:, :n].ravel())
-    votes = np.concatenate([part.votes for part in parts]) if len(parts) > 1 else parts[0].votes
-    offsets = np.concatenate([[0], np.cumsum(lengths_Bb)])
-    return Hits(keys_Bb, scores_Bb, is_label_Bb, np.take(votes, places, mode="clip"), offsets, parts[0].snapshot)
+    all_votes, places = _votes_of(parts)
+    places_Bb = np.full((B, width), NO_VOTES)
+    places_Bb[:, :n] = np.where(found, np.take_along_axis(np.concatenate(places, axis=1), columns, 1), NO_VOTES)
+    votes, offsets = all_votes.take(places_Bb.ravel())
+    return Hits(keys_Bb, scores_Bb, is_label_Bb, votes, offsets, parts[0].snapshot)
 
 
-def _vote_places(parts: Sequence[Hits]) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [B, columns of all parts side by side]: where each hit's votes begin in the votes of all parts, one part
-    after the other, and how many they are."""
-    starts, lengths, first = [], [], 0
+NO_VOTES = 0
+"""The place of a row without votes among those of `_votes_of`."""
+
+
+def _votes_of(parts: Sequence[Hits]) -> tuple[RaggedRows, list[np.ndarray]]:
+    """The votes of all hits of all parts, a row each after the one without votes, and int64 [B, columns] of each part:
+    where its hits' rows are."""
+    offsets, places, votes, hits = [np.zeros(2, np.int64)], [], 0, NO_VOTES + 1
     for part in parts:
-        shape = part.key_ids_Bb.shape
-        starts.append(part.vote_offsets[:-1].reshape(shape) + first)
-        lengths.append(np.diff(part.vote_offsets).reshape(shape))
-        first += len(part.votes)
-    return np.concatenate(starts, axis=1), np.concatenate(lengths, axis=1)
+        offsets.append(part.vote_offsets[1:] + votes)
+        places.append(np.arange(hits, hits + part.key_ids_Bb.size).reshape(part.key_ids_Bb.shape))
+        votes, hits = votes + len(part.votes), hits + part.key_ids_Bb.size
+    all_votes = np.concatenate([part.votes for part in parts]) if len(parts) > 1 else parts[0].votes
+    return RaggedRows(all_votes, np.concatenate(offsets)), places

@@ -24,8 +24,9 @@ _faiss: Any = faiss
 """For its classes whose constructors are made in Python, which no type checker sees."""
 SLACK = 16
 """Candidates beyond b in the first search; enough that the exact order of the best b is nearly always settled."""
-RESCORE_BYTES = 3 << 18
-"""Keys held at once, widened, while scores are made exact: with what they are widened from, a core's cache."""
+RESCORE_BYTES = 1 << 21
+"""Keys held at once, widened, while scores are made exact: few enough to stay in a core's caches, and enough for the
+steps' own work not to count."""
 FEW_NUMBERS = 1 << 20
 """Numbers of float16 keys up to which NumPy converts them before torch is there: a restarted shard's first answers do
 not wait a second for it."""
@@ -191,14 +192,14 @@ class ShardIndex:
         step = max(1, min(B, RESCORE_BYTES // (w * D * wide.itemsize)))
         # The same memory for all steps: the kernel clears fresh memory first, which takes longer than to read the keys.
         taken_sw, keys_swD = np.empty((step, w), rows_N.dtype), np.empty((step, w, D), wide)
-        queries_BD1, scores_Bw = queries_BD.astype(wide)[:, :, None], np.empty((B, w), np.float32)
+        queries_BD1, scores_Bw1 = queries_BD.astype(wide)[:, :, None], np.empty((B, w, 1), np.float32)
         for first in range(0, B, step):
             n, part = min(step, B - first), slice(first, first + step)
             # With "clip", `take` copies whole rows, four times as fast as an index does.
             np.take(rows_N, positions_Bw[part], mode="clip", out=taken_sw[:n])
             widen(keys_swD[:n], taken_sw[:n].view(kept).reshape(n, w, D))
-            scores_Bw[part] = np.matmul(keys_swD[:n], queries_BD1[part])[:, :, 0]
-        return scores_Bw
+            np.matmul(keys_swD[:n], queries_BD1[part], out=scores_Bw1[part], casting="same_kind")
+        return scores_Bw1[:, :, 0]
 
 
 def _copy_to_gpu(index: Any, spec: IndexSpec) -> Any:

@@ -15,7 +15,7 @@ from raexmc_ray.memory.hits import Hits, merge_hits, search_all
 from raexmc_ray.memory.index import Lists, ShardIndex
 from raexmc_ray.memory.kinds import INDEX, VECTORS
 from raexmc_ray.memory.snapshot import Snapshot, SnapshotError, shard_file
-from raexmc_ray.ragged import ragged_take
+from raexmc_ray.ragged import RaggedRows
 from raexmc_ray.recipe import Neighbours
 
 KEYS = "keys.arrow"
@@ -43,7 +43,7 @@ class Shard:
         # Not `to_numpy`: it imports pandas, a third of a second in which a restarted shard does not answer.
         self._key_ids = np.from_dlpack(self._keys["key_id"].chunk(0))
         values = self._keys["labels"].chunk(0)
-        self._vote_offsets, self._votes = np.from_dlpack(values.offsets), np.from_dlpack(values.values)
+        self._votes = RaggedRows(np.from_dlpack(values.values), np.from_dlpack(values.offsets))
         self._instances = int(np.searchsorted(self._key_ids, manifest.instances))
 
     def __len__(self) -> int:
@@ -74,19 +74,13 @@ class Shard:
     ) -> Hits:
         wanted, asked = (number or 0 for number in numbers)
         positions_Bb, scores_Bb = self._index.search(queries_BD, asked, start, stop, lists, wanted=wanted)
-        found = positions_Bb.ravel() >= 0
-        positions = positions_Bb.ravel()[found]
-        votes, offsets = ragged_take(self._votes, self._vote_offsets, positions)
-        key_ids, lengths = np.full(found.shape, -1, np.int64), np.zeros(found.shape, np.int64)
-        key_ids[found], lengths[found] = self._key_ids[positions], np.diff(offsets)
-        return Hits(
-            key_ids.reshape(positions_Bb.shape),
-            scores_Bb,
-            positions_Bb >= self._instances,
-            votes,
-            np.concatenate([[0], np.cumsum(lengths)]),
-            self.snapshot,
-        )
+        found = positions_Bb >= 0
+        positions = positions_Bb[found]
+        votes, offsets = self._votes.take(positions)
+        key_ids_Bb, ends = np.full(found.shape, -1, np.int64), np.cumsum(found)
+        key_ids_Bb[found] = self._key_ids[positions]
+        vote_offsets = offsets[np.concatenate([[0], ends])]
+        return Hits(key_ids_Bb, scores_Bb, positions_Bb >= self._instances, votes, vote_offsets, self.snapshot)
 
     def keys(self, key_ids: np.ndarray) -> pa.Table:
         """The rows (key_id, kind, uid, text) of those of `key_ids` that lie in this shard, in id order."""

@@ -28,6 +28,7 @@ from raexmc_ray.files import Folder
 from raexmc_ray.inputs import InputFile, Written, find_inputs
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows
 from raexmc_ray.inputs.units import UNIT_BYTES, UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
+from raexmc_ray.memory.index import use_threads
 from raexmc_ray.memory.pool import SHARD_CPUS, ShardPool, ShardUnavailableError
 from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
@@ -174,6 +175,8 @@ class _UnitScorer:
 
     def __init__(self, task: _Task, pool: ShardPool, labels: Any) -> None:
         from raexmc_ray.encoder import use_hardware  # the driver does without torch
+
+        use_threads(task.threads)
 
         encoder = open_snapshot(task.memory, task.job.snapshot).encoder()
         self._encoder = use_hardware(encoder, task.threads, task.job.precision, gpu=task.gpu)

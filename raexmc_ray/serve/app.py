@@ -5,11 +5,10 @@ from typing import Any
 
 from ray.serve import Application
 
-from raexmc_ray.cluster import KEEP_FREED_MEMORY
+from raexmc_ray.cluster import KEEP_FREED_MEMORY, SLEEP_WHEN_IDLE
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.serve.deployments import Encoder, MemoryShard
-from raexmc_ray.serve.environment import SLEEP_WHEN_IDLE
 from raexmc_ray.serve.gate import SPARE
 from raexmc_ray.serve.ingress import Ingress
 from raexmc_ray.serve.schema import ServeSettings

@@ -22,7 +22,3 @@ ENVIRONMENT = {
 
 WITHOUT_A_LOOP = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}
 """Of a process that calls replicas from no event loop, on a node where the others have ENVIRONMENT."""
-
-SLEEP_WHEN_IDLE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Of a replica that computes with OpenMP: its threads sleep when there is nothing to do. By default they spin for a
-while, on cores that the next process on the request's way needs."""
