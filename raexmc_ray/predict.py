@@ -20,8 +20,9 @@ BY_SIMILARITY = 0.05
 """A τ at which labels that only their own keys vote for stand in the order of their similarities: at far lower ones
 most have no score (a float32 says no less than 1e-45), at far higher ones near ones have the same."""
 
-BLOCK_CELLS = 1 << 22
-"""Votes, padding included, that are summed at once: of 256 queries with 200 neighbours of 80 labels."""
+BLOCK_CELLS = 1 << 18
+"""Votes, padding included, that are summed at once: of 64 queries with 200 neighbours of 20 labels. Larger arrays would
+be memory that the kernel clears anew each time, which takes a quarter of the whole time."""
 
 
 @dataclass(frozen=True)
