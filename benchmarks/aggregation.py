@@ -11,6 +11,7 @@ import time
 
 os.environ.setdefault("RAEXMC_NUM_CPUS", "2")
 
+import _command  # noqa: F401
 import memory_scale
 import numpy as np
 from _result import below, print_targets, write_result

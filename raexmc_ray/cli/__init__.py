@@ -17,6 +17,7 @@ from raexmc_ray.cli.measure import compare, evaluate, tune
 from raexmc_ray.cli.memory import inspect, plan
 from raexmc_ray.cli.output import print_answer, print_plain
 from raexmc_ray.cli.serving import rollback, rollout, serve
+from raexmc_ray.processor import avoid_slow_sort
 from raexmc_ray.serve.errors import DeploymentFailedError
 from raexmc_ray.train.errors import WorkersFailedError
 
@@ -47,6 +48,7 @@ def _common(quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progre
 def main(arguments: list[str] | None = None) -> None:
     """Run the command, by default the one of the command line; what a user did wrong is said in one line, without a
     trace."""
+    avoid_slow_sort()
     try:
         app(arguments)
     except (ValueError, OSError, ArithmeticError, DeploymentFailedError, WorkersFailedError) as error:
