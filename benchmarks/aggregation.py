@@ -11,7 +11,7 @@ import time
 
 os.environ.setdefault("RAEXMC_NUM_CPUS", "2")
 
-import _command  # noqa: F401
+import _command  # noqa: F401  # for what it does, before NumPy is there
 import memory_scale
 import numpy as np
 from _result import below, print_targets, write_result

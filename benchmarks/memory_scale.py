@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("RAEXMC_NUM_CPUS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `raexmc evaluate` has it (cluster.SLEEP_WHEN_IDLE)
 
-import _command  # noqa: F401
+import _command  # noqa: F401  # for what it does, before NumPy is there
 import faiss
 import numpy as np
 import psutil

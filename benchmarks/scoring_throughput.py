@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import _command  # noqa: F401
+import _command  # noqa: F401  # for what it does, before NumPy is there
 import numpy as np
 import psutil
 import pyarrow as pa

@@ -177,7 +177,6 @@ class _UnitScorer:
         from raexmc_ray.encoder import use_hardware  # the driver does without torch
 
         use_threads(task.threads)
-
         encoder = open_snapshot(task.memory, task.job.snapshot).encoder()
         self._encoder = use_hardware(encoder, task.threads, task.job.precision, gpu=task.gpu)
         self._encoding = threading.Lock()
