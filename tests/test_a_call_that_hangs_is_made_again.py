@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 
 import pytest
+from ray import serve
 from ray.exceptions import ActorUnavailableError
 
-from raexmc_ray.serve.again import call_again
+from raexmc_ray.serve.again import Call, answer_of, call_again
+from raexmc_ray.serve.deployments import ROUTER
 
 PATIENCE_S = 0.1
 
@@ -20,7 +22,7 @@ class Replica:
     def __init__(self, *calls: tuple[float, object]) -> None:
         self._calls, self.begun, self.ended, self.again = calls, 0, list[str](), 0
 
-    async def __call__(self) -> object:
+    async def __call__(self, call: Call) -> object:
         seconds, result = self._calls[self.begun]
         self.begun += 1
         try:
@@ -97,16 +99,51 @@ def test_where_there_is_no_other_replica_nobody_is_asked_twice() -> None:
 
 
 def test_it_costs_a_call_little() -> None:
-    async def at_once() -> int:
+    async def at_once(call: Call) -> int:
         return 1
 
     async def seconds(call: Callable) -> float:
         started = time.perf_counter()
         for _ in range(1000):
-            await call()
+            await call(Call())
         return time.perf_counter() - started
 
     async def run() -> float:
-        return await seconds(lambda: call_again(at_once, PATIENCE_S, lambda: None)) - await seconds(at_once)
+        return await seconds(lambda _: call_again(at_once, PATIENCE_S, lambda: None)) - await seconds(at_once)
 
     assert asyncio.run(run()) < 0.5, "half a millisecond each would be seen in the answers"
+
+
+@serve.deployment(
+    num_replicas=2, max_ongoing_requests=5, ray_actor_options={"num_cpus": 0.1}, request_router_config=ROUTER
+)
+class Sleeper:
+    async def sleep(self, seconds: float, *, call: Call) -> str:
+        """The replica that slept."""
+        await asyncio.sleep(seconds)
+        return serve.get_replica_context().replica_id.unique_id
+
+
+@pytest.mark.ray
+def test_it_is_made_of_another_replica_even_where_that_has_as_much_to_do(ray_cluster: str) -> None:
+    """By what they have to do alone every second one would go to the replica that hangs. None of the calls that hang
+    keeps its replica busy afterwards: it takes five at a time."""
+    serve.start(proxy_location="Disabled")
+    sleep = serve.run(Sleeper.bind(), name="sleeper", route_prefix=None).sleep
+
+    async def hang_then_ask() -> bool:
+        durations = iter([60.0, 0.0])
+        asked = asyncio.create_task(
+            call_again(lambda call: answer_of(sleep.remote(next(durations), call=call)), PATIENCE_S, lambda: None)
+        )
+        await asyncio.sleep(PATIENCE_S / 2)  # one replica hangs: the other one gets the next call
+        busy = await sleep.remote(2 * PATIENCE_S, call=Call())
+        return await asked == busy
+
+    async def run() -> list[bool]:
+        return [await hang_then_ask() for _ in range(20)]
+
+    try:
+        assert all(asyncio.run(run()))
+    finally:
+        serve.shutdown()

@@ -1,31 +1,78 @@
-"""A call of a replica that is made once more: where the replica is lost, and where it keeps one waiting."""
+"""A call of a replica that is made once more, on another one: where the replica is lost, and where it keeps one
+waiting."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray.exceptions
+from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 R = TypeVar("R")
 
 
-async def call_again(call: Callable[[], Awaitable[R]], after_s: float | None, again: Callable[[], None]) -> R:
-    """What the call gives, which is made a second time at most: at once where it was lost with its replica, and after
-    `after_s` seconds without an answer, if there is another replica to ask, while the first still waits. A replica that
-    hangs, or whose node is lost, raises nothing; Serve gives the second call to the replica with less to do, which is
-    another one. The first success counts, and ends the other call.
+class Call:
+    """Goes with a call, as the argument `call`, each time that it is made, and knows whom it was made of. A replica
+    gets one that knows nothing."""
 
+    def __init__(self) -> None:
+        self.asked: set[ReplicaID] = set()
+
+    def __reduce__(self) -> tuple[type[Call], tuple[()]]:
+        return Call, ()
+
+
+class AnotherReplicaRouter(FIFOMixin, RequestRouter):
+    """Serve's own choice, of two replicas the one with less to do, but a call that is made again never goes to a
+    replica that was asked already, while there is another one. (By what they have to do alone it may: one that hangs
+    has one call in hand, and the one that does everybody's work meanwhile has as many.)"""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        others = candidate_replicas
+        if pending_request and (call := pending_request.kwargs.get("call")):
+            pending_request.routing_context.should_backoff = True  # where none of them can be had
+            others = [replica for replica in others if replica.replica_id not in call.asked] or others
+            pending_request.future.add_done_callback(lambda chosen: _note(call, chosen))
+        return [random.sample(others, min(2, len(others)))]
+
+
+def _note(call: Call, chosen: asyncio.Future[Any]) -> None:
+    if not chosen.cancelled() and not chosen.exception():
+        call.asked.add(chosen.result().replica_id)
+
+
+async def answer_of(response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> Any:
+    """What it gives; whoever is cancelled meanwhile ends the call for its replica, too. (Serve does that only for calls
+    that no replica has accepted yet: a search that nobody waits for would be done before those of others.)"""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()  # type: ignore[no-untyped-call]  # Ray's
+        raise
+
+
+async def call_again(make: Callable[[Call], Awaitable[R]], after_s: float | None, again: Callable[[], None]) -> R:
+    """What the call gives, which is made a second time at most: at once where it was lost with its replica, and after
+    `after_s` seconds without an answer, if there is another replica to ask, while the first still waits. (A replica
+    that hangs, or whose node is lost, raises nothing.) The first success counts, and ends the other call.
+
+    make: makes the call, and passes on what it is given, by which AnotherReplicaRouter knows it again.
     again: told that the call is made again. Raises what the last of the calls raised.
     """
-    calls = [_begin(call)]
+    call = Call()
+    calls = [_begin(make, call)]
     try:
         await asyncio.wait(calls, timeout=after_s)
         if calls[0].done() and not isinstance(calls[0].exception(), ray.exceptions.RayActorError):
             return calls[0].result()
         again()
-        calls.append(_begin(call))
+        calls.append(_begin(make, call))
         waiting = {one for one in calls if not one.done()}
         while True:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -37,9 +84,9 @@ async def call_again(call: Callable[[], Awaitable[R]], after_s: float | None, ag
             one.cancel()
 
 
-def _begin(call: Callable[[], Awaitable[R]]) -> asyncio.Task[R]:
+def _begin(make: Callable[[Call], Awaitable[R]], call: Call) -> asyncio.Task[R]:
     async def run() -> R:
-        return await call()
+        return await make(call)
 
     task = asyncio.create_task(run())
     task.add_done_callback(lambda task: task.cancelled() or task.exception())  # of the one that nobody asks for, too

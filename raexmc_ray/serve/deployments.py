@@ -1,7 +1,7 @@
 """The deployments behind the ingress: a text encoder that batches, and a memory shard.
 
 Both do what they do for the snapshot that a call names. `reconfigure` has them open the one in use before Serve sends
-them anything; `hold` opens one that is about to be.
+them anything; `hold` opens one that is about to be. The argument `call` is for the router.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.hits import Hits
@@ -20,6 +21,7 @@ from raexmc_ray.memory.index import Lists, use_threads
 from raexmc_ray.memory.shard import Shard, cut_texts
 from raexmc_ray.memory.snapshot import open_snapshot
 from raexmc_ray.recipe import Neighbours, Precision
+from raexmc_ray.serve.again import AnotherReplicaRouter, Call
 from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.held import Held
 
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
 
 MAX_ONGOING = 1024
 """Calls that Serve hands to a replica at a time. The ingress bounds what comes in; nothing queues before that."""
+ROUTER = RequestRouterConfig(request_router_class=AnotherReplicaRouter)  # type: ignore[arg-type]  # pydantic's plugin
 
 
-@serve.deployment(max_ongoing_requests=MAX_ONGOING)
+@serve.deployment(max_ongoing_requests=MAX_ONGOING, request_router_config=ROUTER)
 class Encoder:
     """Texts to embeddings; the texts of calls that wait together are encoded together."""
 
@@ -53,7 +56,7 @@ class Encoder:
         """Have this snapshot's encoder ready."""
         await self._encoders.get(snapshot)
 
-    async def encode(self, snapshot: str, texts: list[str]) -> np.ndarray:
+    async def encode(self, snapshot: str, texts: list[str], *, call: Call) -> np.ndarray:
         """Embeddings by the snapshot's encoder: float32 [texts, d]."""
         return await self._batcher.submit((snapshot, texts))
 
@@ -70,7 +73,7 @@ class Encoder:
                 answer(i, part)
 
 
-@serve.deployment(max_ongoing_requests=MAX_ONGOING)
+@serve.deployment(max_ongoing_requests=MAX_ONGOING, request_router_config=ROUTER)
 class MemoryShard:
     """One shard of the memory."""
 
@@ -86,13 +89,20 @@ class MemoryShard:
         await self._shards.get(snapshot)
 
     async def search(
-        self, snapshot: str, queries_BD: np.ndarray, neighbours: Neighbours, lists: Lists | None, asked: Neighbours
+        self,
+        snapshot: str,
+        queries_BD: np.ndarray,
+        neighbours: Neighbours,
+        lists: Lists | None,
+        asked: Neighbours,
+        *,
+        call: Call,
     ) -> Hits:
         """This shard's best keys for each query, as `Shard.search` has them."""
         # Not in a thread: a search keeps all the shard's threads busy, so that two at a time would be no faster. Serve
         # asks for a replica's health on another loop, or between two searches.
         return (await self._shards.get(snapshot)).search(queries_BD, neighbours, lists, asked)
 
-    async def keys(self, snapshot: str, key_ids: np.ndarray, characters: int) -> pa.Table:
+    async def keys(self, snapshot: str, key_ids: np.ndarray, characters: int, *, call: Call) -> pa.Table:
         """What `Shard.keys` has, with texts of at most so many characters."""
         return cut_texts((await self._shards.get(snapshot)).keys(key_ids), characters)

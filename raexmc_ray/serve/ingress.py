@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from raexmc_ray.memory.index import Lists
 from raexmc_ray.memory.shard import join_keys
 from raexmc_ray.predict import Evidence, Predictions, aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours, PredictionSection
-from raexmc_ray.serve.again import call_again
+from raexmc_ray.serve.again import Call, answer_of, call_again
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.errors import MissingShardsError, RequestError
@@ -169,9 +170,11 @@ class Ingress:
         async def of_a_snapshot(group: list[Query]) -> None:
             snapshot, texts = group[0].view.manifest.id, [text for query in group for text in query.texts]
             deadline, clock = max(query.deadline for query in group), Clock(began)
-            queries_BD = await self._call(
-                batch, "encoder", deadline, self._encoder_patience_s, self._encode.remote, snapshot, texts
-            )
+
+            async def encode(call: Call) -> np.ndarray:
+                return await answer_of(self._encode.remote(snapshot, texts, call=call))
+
+            queries_BD = await self._call(batch, "encoder", deadline, self._encoder_patience_s, encode)
             clock.lap("encode")
             self._spent(batch, clock.seconds)
             rows = rows_of(group)
@@ -246,8 +249,9 @@ class Ingress:
         characters = self._settings.limits.reply_characters
         shards = np.unique(owners).tolist()
 
-        async def look_up(shard: int) -> pa.Table:
-            return await self._look_ups[shard].remote(snapshot, key_ids[owners == shard], characters)
+        async def look_up(shard: int, call: Call) -> pa.Table:
+            wanted = key_ids[owners == shard]
+            return await answer_of(self._look_ups[shard].remote(snapshot, wanted, characters, call=call))
 
         parts = await self._ask(shards, look_up, queries, deadline)
         if len(parts) < len(shards):
@@ -267,9 +271,10 @@ class Ingress:
         none did."""
         snapshot, neighbours = queries[0].view.manifest.id, queries[0].settings.neighbours
 
-        async def search(shard: int) -> Hits:
+        async def search(shard: int, call: Call) -> Hits:
             started = time.perf_counter()
-            hits: Hits = await self._searches[shard].remote(snapshot, queries_BD, neighbours, lists, asked)
+            response = self._searches[shard].remote(snapshot, queries_BD, neighbours, lists, asked, call=call)
+            hits: Hits = await answer_of(response)
             seconds = time.perf_counter() - started
             self._metrics.shard(shard, seconds)
             queries[0].batch.shard(shard, seconds)
@@ -281,14 +286,16 @@ class Ingress:
         return parts
 
     async def _ask(
-        self, shards: Iterable[int], call: Callable[[int], Awaitable[R]], queries: list[Query], deadline: float
+        self, shards: Iterable[int], ask: Callable[[int, Call], Awaitable[R]], queries: list[Query], deadline: float
     ) -> dict[int, R]:
         """What a call of each of these shards gives; without those that did not answer in time, counted and logged."""
         until, batch = min(deadline, time.perf_counter() + self._settings.shard_timeout_s), queries[0].batch
 
         async def one(shard: int) -> tuple[int, R | None]:
             try:
-                return shard, await self._call(batch, f"shard {shard}", until, self._shard_patience_s, call, shard)
+                return shard, await self._call(
+                    batch, f"shard {shard}", until, self._shard_patience_s, partial(ask, shard)
+                )
             except Exception as error:
                 self._metrics.missing(shard)
                 batch.missing(shard)
@@ -304,8 +311,7 @@ class Ingress:
         of: str,
         deadline: float,
         after_s: float | None,
-        remote: Callable[..., Awaitable[R]],
-        *arguments: Any,
+        make: Callable[[Call], Awaitable[R]],
     ) -> R:
         """The call's result; made once more, on another replica, where it was lost with its replica, or had no answer
         after `after_s` seconds."""
@@ -315,7 +321,7 @@ class Ingress:
             batch.again(of)
 
         async with _until(deadline):
-            return await call_again(lambda: remote(*arguments), after_s, again)
+            return await call_again(make, after_s, again)
 
     def _spent(self, batch: Batch, seconds: dict[str, float]) -> None:
         """So long was spent in each stage."""
