@@ -22,6 +22,16 @@ def gather(part: torch.Tensor) -> torch.Tensor:
     return parts
 
 
+def exchange(parts: torch.Tensor) -> torch.Tensor:
+    """[ranks, …]: at each rank's place what that rank has for this one, from each rank's [ranks, …], which has at each
+    rank's place what is for that one."""
+    if alone():
+        return parts
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous())
+    return received
+
+
 def reduce_scatter(whole: torch.Tensor) -> torch.Tensor:
     """This rank's [n, …] of the sum over the ranks of [ranks · n, …]: what `gather` is in the backward direction."""
     if alone():

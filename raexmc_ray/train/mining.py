@@ -18,7 +18,7 @@ import torch
 from raexmc_ray.encoder import TextEncoder, Tokens
 from raexmc_ray.memory.index import GPU_WIDTH
 from raexmc_ray.recipe import MiningSection
-from raexmc_ray.train.gather import gather
+from raexmc_ray.train.gather import exchange, gather
 from raexmc_ray.train.sampler import Mined
 
 QUERY_BLOCK = 4096
@@ -63,7 +63,7 @@ def search(queries: Part, keys: Part, k: int) -> tuple[np.ndarray, np.ndarray]:
     """
     found = max(1, min(k, len(keys.vectors)))
     index = _index(keys.vectors, found)
-    # All ranks' answers for all ranks' queries meet on each: what that takes must not grow with the square of them.
+    # All ranks' queries meet on each: what these and their answers take must not grow with the ranks.
     size = max(1, QUERY_BLOCK * BLOCK_RANKS // max(BLOCK_RANKS, queries.ranks))
     blocks = -(-_rows_of_largest_part(queries) // size)
     rows, scores = [], []
@@ -80,12 +80,10 @@ def search(queries: Part, keys: Part, k: int) -> tuple[np.ndarray, np.ndarray]:
         short = ((0, 0), (0, k - part_rows.shape[1]))
         part_rows = np.pad(part_rows, short, constant_values=-1)
         part_scores = np.pad(part_scores, short, constant_values=-np.inf)
-        # [ranks that answer, ranks that asked, width, k]: what all ranks found for this one.
-        shape = (1, queries.ranks, width, k)
-        all_rows = gather(torch.from_numpy(part_rows.reshape(shape))).numpy()[:, queries.first, : len(mine)]
-        all_scores = gather(torch.from_numpy(part_scores.reshape(shape))).numpy()[:, queries.first, : len(mine)]
-        merged_rows = np.concatenate(list(all_rows), axis=1)
-        merged_scores = np.concatenate(list(all_scores), axis=1)
+        shape = (queries.ranks, width, k)  # for each rank that asked; each gets, and sends, no more than its own
+        found_rows = exchange(torch.from_numpy(part_rows.reshape(shape))).numpy()[:, : len(mine)]
+        found_scores = exchange(torch.from_numpy(part_scores.reshape(shape))).numpy()[:, : len(mine)]
+        merged_rows, merged_scores = np.concatenate(found_rows, axis=1), np.concatenate(found_scores, axis=1)
         order = np.lexsort((merged_rows, -merged_scores))[:, :k]
         rows.append(np.take_along_axis(merged_rows, order, 1))
         scores.append(np.take_along_axis(merged_scores, order, 1))
