@@ -155,3 +155,21 @@ def test_a_run_prints_its_plan_and_its_hours(
         train(recipe, read_corpus(recipe.corpus.path))
     assert "steps       14: 2 epochs of 7, over 240 instances" in caplog.text
     assert "hours more, at" in caplog.text
+
+
+@pytest.mark.ray
+def test_the_plan_is_printed_before_texts_are_tokenised(
+    ray_cluster: str,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("raexmc_ray.train.trainer.tokenize_on_cluster", stop)
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), ["training.evaluation.every=1"])
+    with caplog.at_level(logging.INFO, "raexmc_ray"), pytest.raises(InterruptedError):
+        train(recipe, read_corpus(recipe.corpus.path))
+    assert "over 228 instances" in caplog.text

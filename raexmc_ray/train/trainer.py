@@ -69,9 +69,9 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
 def _trained(recipe: Recipe, corpus: Corpus, run: Folder) -> tuple[Checkpoint, Checkpoint]:
     """(the best checkpoint, the last one) of a run that is finished now."""
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
+    plan = _plan(recipe, count_trained(recipe, corpus), encoder)
+    logger.info("%s", plan)  # first: to tokenise millions of texts takes minutes
     data = training_data(recipe, corpus, encoder)
-    plan = _plan(recipe, data, encoder)
-    logger.info("%s", plan)
     # By its name a worker might find nothing, as it works in another folder, or another node's own model.
     encoder.lexical = None  # of another memory, where the model is one's encoder
     start = recipe.encoder.model_copy(update={"model": str(stage(run, encoder))})
@@ -183,8 +183,7 @@ def _held_out_seed(recipe: Recipe) -> int:
     return recipe.training.seed + 1
 
 
-def _plan(recipe: Recipe, data: TrainingData, encoder: TextEncoder) -> Plan:
-    labelled = int(np.count_nonzero(np.diff(data.relevance.indptr)))
+def _plan(recipe: Recipe, labelled: int, encoder: TextEncoder) -> Plan:
     return Plan(
         recipe,
         instances=labelled,
