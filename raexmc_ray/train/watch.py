@@ -161,7 +161,10 @@ class Watcher:
             self._told_time = True
             seconds = figures["seconds_per_step"]
             hours = (self._plan.steps - step) * seconds / 3600
-            logger.info("time        about %.2f hours more, at %.0f texts/s", hours, self._batch / seconds)
+            training = self._plan.recipe.training
+            beside = ["mining"] * training.mining.on + ["evaluation"] * (training.evaluation.every > 0)
+            speed = f"{self._batch / seconds:.0f} texts/s" + f", beside {' and '.join(beside)}" * bool(beside)
+            logger.info("time        about %.2f hours more, at %s", hours, speed)
         if "loss" not in figures or (self._shown is not None and step <= self._shown):
             return
         fields = {"epoch": f"{figures['epoch']:.1f}", "loss": f"{figures['loss']:.3f}"}
