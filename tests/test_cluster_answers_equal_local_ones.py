@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +16,8 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.evaluation import evaluate
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.build import build
-from raexmc_ray.memory.pool import ShardPool, ShardUnavailableError, open_in_actors
-from raexmc_ray.memory.snapshot import open_snapshot
+from raexmc_ray.memory.pool import ShardActor, ShardPool, ShardUnavailableError, open_in_actors
+from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
 from raexmc_ray.recipe import Neighbours, Recipe
 from raexmc_ray.train.trainer import trained_encoder
 
@@ -85,6 +87,37 @@ def test_a_killed_shard_comes_back_and_the_answer_is_whole(tiny_run: Recipe) -> 
         assert np.array_equal(before.key_ids_Bb, after.key_ids_Bb)
         assert np.array_equal(before.scores_Bb, after.scores_Bb)
         assert ray.get(pool.actors[1].pid.remote()) != victim
+
+
+def with_altered_shard(memory: Path, folder: Path, shard: int) -> Path:
+    """A copy of the memory in which a bit of a shard's last file is another one."""
+    shutil.copytree(memory, folder)
+    file = sorted(folder.rglob(f"shard-{shard:04}/*"))[-1]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return folder
+
+
+def test_an_altered_shard_is_refused_by_the_name_of_its_file(
+    small_memory: Path, tmp_path: Path, ray_cluster: str
+) -> None:
+    altered = with_altered_shard(small_memory, tmp_path / "memory", 1)
+    with pytest.raises(SnapshotError, match=r"shard-0001/.*: its sha256 is not the manifest's") as caught:
+        open_in_actors(Folder.at(altered))
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.faults
+def test_a_shard_that_is_killed_before_it_was_verified_is_verified_all_the_same(
+    small_memory: Path, tmp_path: Path, ray_cluster: str
+) -> None:
+    altered = Folder.at(with_altered_shard(small_memory, tmp_path / "memory", 1))
+    actor = ShardActor.remote(altered, open_snapshot(altered).manifest.id, 1, 1, False)
+    os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
+    with pytest.raises(SnapshotError, match="its sha256 is not the manifest's"):
+        ray.get(actor.verify.remote())
+    ray.kill(actor)
 
 
 @pytest.mark.faults

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -49,10 +50,22 @@ class ShardActor:
 
     def __init__(self, memory: Folder, snapshot: str, shard: int, threads: int, gpu: bool) -> None:
         use_threads(threads)
-        # Its first life read every byte against its checksum; the next ones must be there in no time. What they copy
-        # from an object store nobody has read yet.
-        verify = not (memory.is_local and ray.get_runtime_context().was_current_actor_reconstructed)
-        self._shard = Shard(open_snapshot(memory, snapshot), shard, verify=verify, gpu=gpu)
+        # What is copied from an object store nobody has read yet. Of local files every byte was read, by `verify`, when
+        # there is a search: a shard that comes back must be there in no time.
+        self._open = partial(Shard, open_snapshot(memory, snapshot), shard, gpu=gpu)
+        self._copied = not memory.is_local
+        self._opened: Shard | None = None
+
+    @property
+    def _shard(self) -> Shard:
+        if self._opened is None:
+            self._opened = self._open(verify=self._copied)
+        return self._opened
+
+    def verify(self) -> None:
+        """Open the shard once every byte was read against its checksum. The first call; made again, as all are, where
+        the process is lost meanwhile. Raises SnapshotError."""
+        self._opened = self._open(verify=True)
 
     def search(self, question: _Question) -> Hits:
         return self._shard.search(*question)
@@ -104,7 +117,7 @@ class ShardPool:
                 make.remote(memory, manifest.id, shard, threads, gpu) for shard in range(manifest.shards)
             ]
         for copy in self._copies.values():  # all of them open at the same time
-            self._answers(copy, "pid", patience_s=max(timeout_s, OPENING_S))
+            self._answers(copy, "verify", patience_s=max(timeout_s, OPENING_S))
 
     @property
     def actors(self) -> list[Any]:
@@ -173,6 +186,8 @@ class ShardPool:
                 answers.append(ray.get(call))
             except ray.exceptions.RayActorError as error:
                 raise ShardUnavailableError(f"shard {shard} is gone and did not come back: {error}") from error
+            except ray.exceptions.RayTaskError as error:  # what it raised itself, without the lines of its process
+                raise error.cause from error
         return answers
 
 
