@@ -1,6 +1,6 @@
 // Sends requests at a fixed rate, whether or not the ones before were answered: node _overload.mjs URL RATE SECONDS TEXTS
 // Prints a JSON line about every second: when (in s), answers and refusals (429, 503), their latencies in ms, and what
-// else there was.
+// else there was: {status or error: how often}.
 import http from 'node:http'
 import { readFileSync } from 'node:fs'
 
@@ -8,19 +8,21 @@ const [url, rate, seconds, file] = process.argv.slice(2)
 const bodies = JSON.parse(readFileSync(file)).map((text) => JSON.stringify({ texts: [text] }))
 const agent = new http.Agent({ keepAlive: true, maxSockets: Infinity })
 const options = { method: 'POST', agent, headers: { 'Content-Type': 'application/json' }, timeout: 30000 }
-const fresh = () => ({ sent: 0, answered: [], refused: [], other: 0 })
+const fresh = () => ({ sent: 0, answered: [], refused: [], other: {} })
 let now = fresh(), count = 0, waiting = 0
 
 function send () {
   const body = bodies[count++ % bodies.length], sent = performance.now()
   now.sent++
   waiting++
-  const over = (kind) => { waiting--; Array.isArray(now[kind]) ? now[kind].push(performance.now() - sent) : now[kind]++ }
+  const over = (kind) => { waiting--; now[kind].push(performance.now() - sent) }
+  const other = (what) => { waiting--; now.other[what] = (now.other[what] ?? 0) + 1 }
   const request = http.request(`${url}/v1/predict`, options, (response) => {
-    response.on('end', () => over({ 200: 'answered', 429: 'refused', 503: 'refused' }[response.statusCode] ?? 'other'))
+    const kind = { 200: 'answered', 429: 'refused', 503: 'refused' }[response.statusCode]
+    response.on('end', () => kind ? over(kind) : other(response.statusCode))
     response.resume()
   })
-  request.on('error', () => over('other'))
+  request.on('error', (error) => other(`${error.code ?? error.message}${request.reusedSocket ? ' of a connection used before' : ''}`))
   request.end(body)
 }
 
