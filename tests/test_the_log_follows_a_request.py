@@ -7,11 +7,13 @@ import io
 import json
 import logging
 import logging.handlers
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import ray
 from in_process import ingress_of
 from ray._common.formatters import JSONFormatter
 
@@ -129,3 +131,21 @@ def test_entries_are_fields_where_serve_logs_json(caplog: pytest.LogCaptureFixtu
     assert entry.items() <= line.items()
     assert line["message"] == "request abc-123"
     assert json.loads(caplog.records[-1].message) == entry
+
+
+def test_a_line_is_written_once(served: str) -> None:
+    """To Serve's files, which are rotated, and not to what the processes print, which grows for ever."""
+    name = "written-once-17"
+    httpx.post(f"{served}/v1/predict", json={"texts": [TEXT]}, headers={"x-request-id": name}).raise_for_status()
+    node: Any = ray._private.worker.global_worker.node
+    logs, ends = Path(node.get_logs_dir_path()), time.monotonic() + 10
+
+    def lines(pattern: str) -> list[str]:
+        """Of entries of the access log."""
+        found = [line for file in logs.glob(pattern) for line in file.read_text(errors="replace").splitlines()]
+        return [line for line in found if f'"request": "{name}"' in line]
+
+    while not lines("serve/*.log") and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert len(lines("serve/*.log")) == 1
+    assert lines("worker-*") == []

@@ -14,6 +14,9 @@ ENVIRONMENT = {
     # One event loop a process instead of three: what takes long is done in threads, or is all that its process does.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Serve's logs are files, which are rotated. By default each line is written a second time, to the process's stderr,
+    # a file that grows for ever.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
     # What is there at the start is never collected: without that, collections are seen in the slowest answers.
     "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
     # Somebody waits for an answer. By default Ray's workers step back behind every other process of the machine.
