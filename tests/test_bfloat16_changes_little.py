@@ -17,6 +17,7 @@ from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
 from raexmc_ray.predict import Predictions, aggregate
 from raexmc_ray.recipe import Precision
+from raexmc_ray.serve.again import Call
 from raexmc_ray.serve.deployments import Encoder
 
 TOLERANCE = 5e-3
@@ -73,7 +74,7 @@ def test_a_served_encoder_computes_in_the_precision_it_is_given(
     async def encode() -> np.ndarray:
         encoder = Encoder.func_or_class(Folder.at(small_memory), torch.get_num_threads(), False, precision, 32)
         await encoder.hold(memory.manifest.id)
-        return await encoder.encode(memory.manifest.id, tiny_texts)
+        return await encoder.encode(memory.manifest.id, tiny_texts, call=Call())
 
     found_ND, expected_ND = asyncio.run(encode()), memory.encoder.encode(tiny_texts)
     assert (found_ND * expected_ND).sum(1).min() > 0.9999

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -50,16 +49,20 @@ class ShardActor:
 
     def __init__(self, memory: Folder, snapshot: str, shard: int, threads: int, gpu: bool) -> None:
         use_threads(threads)
-        # What is copied from an object store nobody has read yet. Of local files every byte was read, by `verify`, when
-        # there is a search: a shard that comes back must be there in no time.
-        self._open = partial(Shard, open_snapshot(memory, snapshot), shard, gpu=gpu)
-        self._copied = not memory.is_local
+        self._where = memory, snapshot, shard, gpu
         self._opened: Shard | None = None
+
+    def _open(self, *, verify: bool) -> Shard:
+        memory, snapshot, shard, gpu = self._where
+        # Not kept: with the snapshot go the copies of an object store's files, which a kill would leave behind.
+        return Shard(open_snapshot(memory, snapshot), shard, verify=verify, gpu=gpu)
 
     @property
     def _shard(self) -> Shard:
         if self._opened is None:
-            self._opened = self._open(verify=self._copied)
+            # A shard that comes back must be there in no time: of local files every byte was read, by `verify`, when
+            # there is a search. What is copied from an object store nobody has read yet.
+            self._opened = self._open(verify=not self._where[0].is_local)
         return self._opened
 
     def verify(self) -> None:
