@@ -35,8 +35,9 @@ class AnotherReplicaRouter(FIFOMixin, RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         others = candidate_replicas
-        if pending_request and (call := pending_request.kwargs.get("call")):
+        if pending_request:
             pending_request.routing_context.should_backoff = True  # where none of them can be had
+            call = pending_request.kwargs.get("call") or Call()
             others = [replica for replica in others if replica.replica_id not in call.asked] or others
             pending_request.future.add_done_callback(lambda chosen: _note(call, chosen))
         return [random.sample(others, min(2, len(others)))]
