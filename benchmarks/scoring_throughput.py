@@ -127,7 +127,7 @@ class Bare:
         with self._timed("aggregate"):
             found = aggregate(hits, lambda_=settings.lambda_, temperature=settings.temperature, k=settings.k)
         with self._timed("write"):
-            pq.write_table(predictions_table(ids, found, self._memory.labels, None, {}), FOLDER / "bare.parquet")
+            pq.write_table(predictions_table(ids, found, self._memory.labels, None), FOLDER / "bare.parquet")
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

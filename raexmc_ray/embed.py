@@ -11,7 +11,6 @@ take several seconds.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import warnings
@@ -22,17 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from raexmc_ray.cluster import KEEP_FREED_MEMORY, refuse_unplaceable
-from raexmc_ray.corpus.types import digest_strings
 from raexmc_ray.files import Folder, Scratch
-from raexmc_ray.inputs.find import Written
-from raexmc_ray.inputs.rows import Columns
-from raexmc_ray.inputs.units import read_texts
+from raexmc_ray.inputs.rows import failures
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import ClusterSection, EncoderSection, Precision
 
@@ -43,8 +38,6 @@ UNIT_KEYS = 4096
 """Keys in a unit."""
 COMPUTED_IN: dict[Precision, str] = {"bfloat16": "computed-in-bfloat16", "float32": "computed-in-float32"}
 """The empty file beside the units that says in what precision all of them are computed."""
-WRITTEN = (f"embeddings/{'[0-9a-f]' * 16}/*", f"encoders/given-{'[0-9a-f]' * 16}/*")
-"""What `embed_files` writes under its output."""
 STAGED = "staged"
 """Written into the folder of a given encoder once all of it is there."""
 NAMES = ("kind", "uid", "id")
@@ -75,25 +68,6 @@ class Embeddings:
         """Units that are not there yet."""
         there = set(self.folder.names())
         return [unit for unit in range(self.units) if _unit_file(unit) not in there]
-
-    def precision(self) -> Precision | None:
-        """In which the units are computed; None where nobody has begun. Raises ValueError where two have, in two."""
-        names = self.folder.names()
-        there = [precision for precision, name in COMPUTED_IN.items() if name in names]
-        if len(there) > 1:
-            raise ValueError(
-                f"{self.folder}: was begun in bfloat16 and in float32 at once, by nodes of two kinds: remove it, and "
-                "run the same command again"
-            )
-        return there[0] if there else None
-
-    def begin(self, own: Precision) -> Precision:
-        """The precision in which to compute units: `own`, unless they were begun in another. Raises as `precision`."""
-        begun = self.precision()
-        if begun is None:
-            (self.folder / COMPUTED_IN[own]).write(b"")
-            self.precision()  # before any unit is written: of two that begin at the same time, one sees both
-        return begun or own
 
     def write(self, unit: int, vectors_ND: np.ndarray) -> None:
         """Put a unit's embeddings there in one atomic step: a record batch a shard, its keys in id order."""
@@ -142,6 +116,36 @@ class Embeddings:
         return ids, batch["embedding"].flatten().to_numpy().reshape(len(ids), batch["embedding"].type.list_size)
 
 
+def precision_of(folder: Folder) -> Precision | None:
+    """In which the units in a folder are computed; None where nobody has begun. Raises ValueError where two have, in
+    two."""
+    names = folder.names()
+    there = [precision for precision, name in COMPUTED_IN.items() if name in names]
+    if len(there) > 1:
+        raise ValueError(
+            f"{folder}: was begun in bfloat16 and in float32 at once, by nodes of two kinds: remove it, and run the "
+            "same command again"
+        )
+    return there[0] if there else None
+
+
+def keys_encoder(encoder: Folder, units: Folder, threads: int, gpu: bool) -> TextEncoder:
+    """The encoder of a folder, for this process to compute some of the units in another: in its hardware's precision,
+    unless they were begun in another. Raises ValueError where the encoder is not seen here, and as `precision_of`."""
+    from raexmc_ray.encoder import use_hardware
+
+    if not encoder.names():
+        raise ValueError(f"{encoder}: is not seen by every node: set cluster.storage, or --output, to a folder that is")
+    tower = use_hardware(load_encoder(encoder), threads, keys=True, gpu=gpu)
+    begun = precision_of(units)
+    if begun is None:
+        (units / COMPUTED_IN[tower.precision]).write(b"")
+        precision_of(units)  # before any unit is written: of two that begin at the same time, one sees both
+    elif begun != tower.precision:
+        tower = use_hardware(load_encoder(encoder), threads, begun, gpu=gpu)
+    return tower
+
+
 def embed_keys(
     table: pa.Table, encoder: Folder, embeddings: Embeddings, section: EncoderSection, cluster: ClusterSection
 ) -> None:
@@ -153,7 +157,7 @@ def embed_keys(
     missing = embeddings.missing()
     if not missing:
         return
-    precision = embeddings.precision()
+    precision = precision_of(embeddings.folder)
     if precision:
         logger.info("%s: goes on in %s, in which it was begun", embeddings.folder, precision)
     finished = len(table) - sum(map(embeddings.size, missing))
@@ -164,35 +168,6 @@ def embed_keys(
     with Progress("embed", len(table), "keys", done=finished) as progress:
         for keys in map_units(blocks, _UnitEncoder, arguments, cluster):
             progress.add(keys)
-
-
-def embed_files(
-    inputs: Sequence[str],
-    output: Folder,
-    encoder: str,
-    section: EncoderSection,
-    cluster: ClusterSection,
-    columns: Columns = Columns(),  # noqa: B008  # it is frozen
-    *,
-    dtype: str = "float32",
-) -> Embeddings:
-    """Embed the texts of any files under `output`, which gets embeddings/KEY/unit-*.arrow (key_id, embedding) and
-    ids.parquet (key_id, id) beside them, written last: where it is, all are there. The same command goes on where it
-    was stopped.
-
-    inputs: as `find_inputs` takes them, in the order of their names. encoder: folder, hub name or `package:NAME`.
-    """
-    table = read_texts(inputs, columns, Written(output, WRITTEN))
-    staged = stage_encoder(output, encoder, section)
-    identity = "\0".join([staged.name, dtype, _digest(table)])
-    folder = output / "embeddings" / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    table = table.add_column(0, "key_id", pa.array(np.arange(len(table))))
-    embeddings = Embeddings(folder, len(table), 1, dtype)
-    embed_keys(table, staged, embeddings, section, cluster)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.select(["key_id", "id"]), sink)
-    (folder / "ids.parquet").write(sink.getvalue())
-    return embeddings
 
 
 def map_units(
@@ -246,21 +221,12 @@ class _UnitEncoder:
     """An actor that embeds units."""
 
     def __init__(self, encoder: Folder, embeddings: Embeddings, batch_size: int, threads: int, gpu: bool) -> None:
-        from raexmc_ray.encoder import use_hardware
-
         self._refused = ""  # for a call to say: Ray Data makes a trace of what is raised here
-        if not encoder.names():
-            self._refused = f"{encoder}: is not seen by every node: set cluster.storage to a folder that is"
-            return
-        self._encoder = use_hardware(load_encoder(encoder), threads, keys=True, gpu=gpu)
-        self._embeddings, self._batch_size = embeddings, batch_size
-        own = self._encoder.precision
         try:
-            precision = embeddings.begin(own)
+            self._encoder = keys_encoder(encoder, embeddings.folder, threads, gpu)
         except ValueError as error:
-            precision, self._refused = own, str(error)
-        if precision != own:
-            self._encoder = use_hardware(load_encoder(encoder), threads, precision, gpu=gpu)
+            self._refused = str(error)
+        self._embeddings, self._batch_size = embeddings, batch_size
 
     def __call__(self, unit: pa.Table) -> dict[str, np.ndarray]:
         if self._refused:
@@ -268,12 +234,11 @@ class _UnitEncoder:
         texts = unit["text"].to_pylist()
         try:
             vectors_ND = self._encoder.encode(texts, self._batch_size)
-        except Exception as error:
-            row = self._culprit(texts)
-            if row is None:
-                raise
-            said = f"{_name(unit, row)}: this text cannot be encoded ({type(error).__name__}: {error})"
-            return {"error": np.array([said])}
+        except Exception:
+            for row, error in failures(texts, self._encoder.encode):
+                said = f"{_name(unit, row)}: this text cannot be encoded ({type(error).__name__}: {error})"
+                return {"error": np.array([said])}
+            raise
         wrong = np.flatnonzero(~np.isfinite(vectors_ND).all(1))
         if len(wrong):
             said = (
@@ -283,15 +248,6 @@ class _UnitEncoder:
             return {"error": np.array([said])}
         self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
         return {"rows": np.array([len(unit)])}
-
-    def _culprit(self, texts: Sequence[str]) -> int | None:
-        """The first of the texts that cannot be encoded; None where each of them can, alone."""
-        for row, text in enumerate(texts):
-            try:
-                self._encoder.encode([text])
-            except Exception:
-                return row
-        return None
 
 
 def _name(unit: pa.Table, row: int) -> str:
@@ -342,14 +298,6 @@ def _bounded_retries() -> dict[str, int]:
     have no bound of their own: until Ray knows that a node is gone, half a minute, each try to reach an actor there
     would count."""
     return {"max_restarts": 3, "max_task_retries": -1}
-
-
-def _digest(texts: pa.Table) -> str:
-    """sha256 over ids and texts, and where each begins."""
-    digest = hashlib.sha256()
-    for name in ("id", "text"):
-        digest_strings(digest, texts[name])
-    return digest.hexdigest()
 
 
 def _unit_file(unit: int) -> str:

@@ -5,7 +5,7 @@ import sys
 
 CORE = (
     "recipe corpus encoder objective predict metrics files ragged answer local evaluation progress supervise "
-    "inputs inputs.find inputs.rows inputs.units score.job score.predictions "
+    "inputs inputs.find inputs.rows inputs.units inputs.job score.predictions "
     "memory.snapshot memory.index memory.hits memory.shard memory.write memory.defaults train.loop train.mining "
     "evaluation.compare evaluation.held_out evaluation.predictions evaluation.tune report"
 )

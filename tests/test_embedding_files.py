@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,57 +18,113 @@ import torch
 from helpers import MODEL, tiny_encoder
 
 from raexmc_ray import embed
-from raexmc_ray.embed import Embeddings, _UnitEncoder, embed_files, embed_keys
+from raexmc_ray.embed import Embeddings, _UnitEncoder, embed_keys, precision_of
+from raexmc_ray.embed_files import embed_files
 from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
+from raexmc_ray.inputs.job import Summary
 from raexmc_ray.recipe import ClusterSection, EncoderSection, Precision
+
+SECTION = EncoderSection(layers=1, max_tokens=16)
+
+
+def run(
+    inputs: list[Path], output: Path, encoders: int = 1, dtype: Literal["float16", "float32"] = "float32"
+) -> Summary:
+    places, cluster = [str(path) for path in inputs], ClusterSection(encoders=encoders)
+    return embed_files(places, Folder.at(output), MODEL, SECTION, cluster, dtype=dtype)
 
 
 @pytest.mark.ray
 def test_files_become_embeddings(ray_cluster: str, tmp_path: Path) -> None:
-    texts = [f"text number {i}" for i in range(9000)]  # three units
-    pq.write_table(pa.table({"id": [f"p{i}" for i in range(8000)], "text": texts[:8000]}), tmp_path / "a.parquet")
-    rows = [{"id": f"j{i}", "text": texts[i]} for i in range(8000, 9000)]
+    texts = [f"text number {i}" for i in range(3000)]  # three units, and one
+    pq.write_table(pa.table({"id": [f"p{i}" for i in range(2500)], "text": texts[:2500]}), tmp_path / "a.parquet")
+    rows = [{"id": f"j{i}", "text": texts[i]} for i in range(2500, 3000)]
+    rows[7:9] = [{"id": "empty", "text": ""}, {"text": "no id"}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    inputs = [str(tmp_path / name) for name in ("a.parquet", "b.jsonl")]
+    inputs, output = [tmp_path / "b.jsonl", tmp_path / "a.parquet"], tmp_path / "out"
 
-    def run() -> Embeddings:
-        section = EncoderSection(layers=1, max_tokens=16)
-        return embed_files(inputs, Folder.at(tmp_path / "out"), MODEL, section, ClusterSection(encoders=1))
-
-    done = run()
-    folder = Path(done.folder.path)
-    ids = pq.read_table(folder / "ids.parquet")
-    assert ids["key_id"].to_pylist() == list(range(9000))
-    assert ids["id"].to_pylist() == [f"p{i}" for i in range(8000)] + [f"j{i}" for i in range(8000, 9000)]
-    vectors = np.concatenate(list(done.of_shard(0)))
+    summary = run(inputs, output)
+    assert (summary.rows, summary.done, summary.parts) == (3000, 2998, 4)
+    assert summary.rejected == {"the id is missing": 1, "the text is empty": 1}
+    found = pq.read_table(output / "embeddings")
+    assert found["id"].to_pylist() == [f"p{i}" for i in range(2500)] + [
+        f"j{i}" for i in range(2500, 3000) if i not in (2507, 2508)
+    ]
+    vectors = found["embedding"].combine_chunks().flatten().to_numpy().reshape(2998, -1)
+    assert vectors.dtype == np.float32
     # In bfloat16 where the CPU can, so rounding follows from the batch: the same units, the same numbers.
     encoder = use_hardware(TextEncoder.load(MODEL, layers=1, max_tokens=16), 1, keys=True)
-    starts = range(0, len(texts), embed.UNIT_KEYS)
-    expected = np.concatenate([encoder.encode(texts[start : start + embed.UNIT_KEYS]) for start in starts])
+    del texts[2507:2509]
+    starts = [0, 1024, 2048, 2500, 2998]
+    expected = np.concatenate([encoder.encode(texts[start:stop]) for start, stop in itertools.pairwise(starts)])
     assert np.allclose(vectors, expected, atol=1e-5)
     assert (vectors * tiny_encoder().encode(texts)).sum(1).min() > 0.9999, "near float32's, in these rows"
-    assert np.array_equal(done.take(np.array([3, 900, 8999])), vectors[[3, 900, 8999]])
+    part = pq.read_schema(output / "embeddings/part-00001-000000.parquet").metadata
+    assert json.loads(part[b"settings"])["encoder"] == encoder.fingerprint
+    assert part[b"first_row"] == b"1"
+    rejected = pq.read_table(output / "rejected").to_pylist()
+    assert [(row["row"], row["id"], row["reason"]) for row in rejected] == [
+        (8, "empty", "the text is empty"),
+        (9, None, "the id is missing"),
+    ]
 
-    units = {path: path.stat().st_mtime_ns for path in folder.glob("unit-*")}
-    gone = sorted(units)[1]
+    parts = {path: path.stat().st_mtime_ns for path in output.rglob("part-*")}
+    gone = sorted(parts)[1]
     content = gone.read_bytes()
     gone.unlink()
-    assert run() == done
+    gone_on = run(inputs, output, encoders=2)
+    assert gone_on.last_run.rows == 1024
     assert gone.read_bytes() == content
-    assert all(path.stat().st_mtime_ns == before for path, before in units.items() if path != gone)
+    assert all(path.stat().st_mtime_ns == before for path, before in parts.items() if path != gone)
+    assert run(inputs, output) == gone_on, "nothing is left to do"
+
+
+@pytest.mark.ray
+def test_half_of_the_bytes_are_written_where_they_do(ray_cluster: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("vim\nemacs\n")
+    summary = run([tmp_path], tmp_path, dtype="float16")  # which lies among its inputs
+    assert (summary.done, summary.files) == (2, 1)
+    found = pq.read_table(tmp_path / "embeddings")
+    vectors = found["embedding"].combine_chunks().flatten().to_numpy().reshape(2, -1)
+    assert vectors.dtype == np.float16
+    assert np.allclose(vectors, tiny_encoder().encode(["vim", "emacs"]), atol=0.02)
+    assert run([tmp_path], tmp_path, dtype="float16") == summary, "what it wrote is none of its inputs"
+    with pytest.raises(ValueError, match="another job: dtype was 'float16', and is 'float32': give another --output"):
+        run([tmp_path], tmp_path)
+    job = json.loads((tmp_path / "job.json").read_text())
+    (tmp_path / "job.json").write_text(json.dumps({**job, "encoder": "of another model"}))
+    with pytest.raises(ValueError, match="another job: encoder was 'of another model'"):
+        run([tmp_path], tmp_path, dtype="float16")
+
+
+def test_the_driver_holds_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred megabytes of texts cost it no more than two lines do, but for a few buffers."""
+    monkeypatch.setattr("raexmc_ray.embed_files.map_units", lambda units, *_: iter(()))  # killed before the first unit
+    peaks = []
+    for rows in (2, 100_000):
+        with (tmp_path / f"{rows}.jsonl").open("w") as file:
+            file.writelines(json.dumps({"id": row, "text": f"{row} " * 180}) + "\n" for row in range(rows))
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="parts were removed"):
+            run([tmp_path / f"{rows}.jsonl"], tmp_path / f"out-{rows}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (tmp_path / "100000.jsonl").stat().st_size > 100 << 20
+    assert peaks[1] < peaks[0] + (32 << 20)
 
 
 def test_an_output_among_the_inputs_hides_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids and encoder are written between the two runs, which embed the same."""
-    monkeypatch.setattr(embed, "embed_keys", lambda *_: None)
+    monkeypatch.setattr("raexmc_ray.embed_files.map_units", lambda units, *_: iter(()))  # killed before the first unit
     (tmp_path / "embeddings").mkdir()
     for name in ("a.jsonl", "embeddings/b.jsonl"):
         (tmp_path / name).write_text(json.dumps({"id": name, "text": "vim"}) + "\n")
-    folder, section = Folder.at(tmp_path), EncoderSection(layers=1, max_tokens=16)
-    done = [embed_files([str(tmp_path)], folder, MODEL, section, ClusterSection()) for _ in range(2)]
-    assert done[0] == done[1]
-    assert pq.read_table(f"{done[0].folder}/ids.parquet")["id"].to_pylist() == ["a.jsonl", "embeddings/b.jsonl"]
+    with pytest.raises(ValueError, match=r"there is embeddings in it, but no job\.json: give another --output"):
+        run([tmp_path], tmp_path)
+    (tmp_path / "embeddings").rename(tmp_path / "more")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="2 parts were removed"):
+            run([tmp_path], tmp_path)
 
 
 ON_GPUS = """
@@ -103,7 +162,7 @@ def test_keys_are_of_one_precision_whatever_hardware_goes_on(
         monkeypatch.setattr("raexmc_ray.encoder.bfloat16_is_native", lambda _, unit=unit: (begun == "bfloat16") != unit)
         worker = _UnitEncoder(Folder.at(tmp_path / "encoder"), embeddings, 64, threads, gpu=False)
         assert worker(table.slice(2 * unit, 2))["rows"].tolist() == [2]
-    assert embeddings.precision() == begun
+    assert precision_of(embeddings.folder) == begun
     encoder = use_hardware(TextEncoder.load(str(tmp_path / "encoder")), threads, begun)
     expected = [encoder.encode(table["text"].to_pylist()[start : start + 2]) for start in (0, 2)]
     assert np.array_equal(np.concatenate(list(embeddings.of_shard(0))), np.concatenate(expected))

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import Written, find_inputs, units
 from raexmc_ray.inputs.find import _expand, modified_ns
-from raexmc_ray.inputs.rows import Columns, Rejected
-from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, cut_files, read_texts
+from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows, encode_rows
+from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, cut_files
 
 TEXTS = st.lists(st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=8), max_size=40)
 
@@ -40,6 +40,17 @@ def read_back(path: Path, order: np.random.Generator | None = None) -> tuple[lis
     assert sum(len(rows.ids) + len(rows.rejected) for rows in found) == cut.rows
     pairs = [pair for rows in found for pair in zip(rows.ids, rows.texts, strict=True)]
     return pairs, [row for rows in found for row in rows.rejected]
+
+
+def read_all(folder: Path, columns: Columns = Columns()) -> list[tuple[str, str]]:  # noqa: B008  # it is frozen
+    """(id, text) of all rows of all files of a folder."""
+    files = find_inputs([str(folder)])
+    reader, pairs = UnitReader(files, columns), []
+    for number, cut in enumerate(cut_files(files, columns)):
+        for unit in cut.table(number, np.arange(cut.units)).to_pylist():
+            rows = reader.read(Unit(**unit))
+            pairs += zip(rows.ids, rows.texts, strict=True)
+    return pairs
 
 
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"])
@@ -168,9 +179,9 @@ def test_files_are_found_by_name_glob_and_folder_in_any_order(tmp_path: Path) ->
 def test_lines_of_several_text_files_have_ids_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("vim\nemacs\n")
     (tmp_path / "c.jsonl").write_text('{"id": 1, "text": "nano"}\n')
-    assert read_texts([str(tmp_path)], Columns())["id"].to_pylist() == ["1", "2", "1"], "each as it stands there"
+    assert [uid for uid, _ in read_all(tmp_path)] == ["1", "2", "1"], "each as it stands there"
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"ed\n"))
-    ids = read_texts([str(tmp_path)], Columns())["id"].to_pylist()
+    ids = [uid for uid, _ in read_all(tmp_path)]
     assert ids == [f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:2", f"{tmp_path}/b.txt.gz:1", "1"]
 
 
@@ -280,7 +291,7 @@ def test_a_text_of_several_columns_is_joined_as_a_corpus_joins_it(tmp_path: Path
 def test_parquet_with_other_columns_is_refused(tmp_path: Path, columns: dict, says: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=f"x.parquet: {says}"):
-        read_texts([str(tmp_path / "x.parquet")], Columns())
+        read_all(tmp_path)
 
 
 def test_an_object_stores_times_are_whole_seconds(tmp_path: Path) -> None:
@@ -353,9 +364,8 @@ def test_a_part_of_a_data_set_may_have_no_value_in_a_column(tmp_path: Path) -> N
     """Of a column in which every row is null, pandas writes Arrow's type null."""
     nothing = pa.table({"id": ["a"], "title": ["vim"], "text": pa.nulls(1)})
     pq.write_table(nothing, tmp_path / "x.parquet")
-    assert read_texts([str(tmp_path)], Columns(texts=("title", "text")))["text"].to_pylist() == ["vim"]
-    with pytest.raises(ValueError, match="row 1: the text is null"):
-        read_texts([str(tmp_path)], Columns())
+    assert read_all(tmp_path, Columns(texts=("title", "text"))) == [("a", "vim")]
+    assert read_back(tmp_path / "x.parquet")[1] == [Rejected(1, "a", "the text is null")]
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 4096])
@@ -405,3 +415,29 @@ def test_reading_takes_memory_for_a_unit_not_for_a_file(tmp_path: Path, ending: 
     tracemalloc.stop()
     assert cut.rows == rows
     assert peak + python < 16 << 20
+
+
+def test_what_an_encoder_cannot_take_is_rejected_and_costs_no_other_row() -> None:
+    def encode(texts: list[str]) -> np.ndarray:
+        if not works or "raises" in texts or len(texts) > 5:
+            raise RuntimeError("no such token")
+        return np.array([[np.nan if text == "nan" else len(text)] for text in texts], np.float32)
+
+    works, earlier = True, Rejected(2, None, "the id is null")
+    rows = UnitRows([1, 3, 4, 5], ["a", "c", "d", "e"], ["vim", "raises", "nan", "nano"], [earlier])
+    kept, vectors = encode_rows(rows, encode)
+    assert (kept.numbers, kept.ids, kept.texts) == ([1, 5], ["a", "e"], ["vim", "nano"])
+    assert vectors.tolist() == [[3], [4]]
+    fails, not_finite = (
+        "the encoder fails on the text (RuntimeError)",
+        "the encoder's embedding of the text is not finite",
+    )
+    assert kept.rejected == [earlier, Rejected(3, "c", fails), Rejected(4, "d", not_finite)]
+    kept, vectors = encode_rows(UnitRows([1], ["c"], ["raises"], []), encode)
+    assert (kept.texts, vectors.shape, kept.rejected) == ([], (0, 1), [Rejected(1, "c", fails)])
+    six = UnitRows([*range(6)], [*"abcdef"], ["vim"] * 6, [])
+    with pytest.raises(RuntimeError):  # of all together, which is no text's fault
+        encode_rows(six, encode)
+    works = False
+    with pytest.raises(RuntimeError):  # nor is this
+        encode_rows(rows, encode)

@@ -16,9 +16,9 @@ import pytest
 import raexmc_ray
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import units
+from raexmc_ray.inputs.job import Summary
 from raexmc_ray.recipe import ClusterSection, Precision, PredictionSection
-from raexmc_ray.score.job import Job, Summary
-from raexmc_ray.score.run import score
+from raexmc_ray.score.run import ScoreJob, score
 
 SETTINGS = PredictionSection(k=5, temperature=0.08)
 
@@ -64,10 +64,10 @@ def test_scores_equal_the_librarys_whoever_computes_them(
     output = tmp_path / "out"
     summary = run(small_memory, [inputs / "sub/a.parquet", inputs / "b.jsonl.gz"], output)
     memory = raexmc_ray.open(small_memory)
-    assert (summary.rows, summary.scored, summary.files, summary.parts) == (60, 57, 2, 5)
+    assert (summary.rows, summary.done, summary.files, summary.parts) == (60, 57, 2, 5)
     assert summary.rejected == {"the line is not JSON": 1, "the text is empty": 1, "the text is null": 1}
     assert summary == Summary.model_validate_json((output / "summary.json").read_bytes())
-    assert str(summary).startswith("57 of 60 rows scored, 3 rejected (1 the line is not JSON, ")
+    assert str(summary).startswith("57 of 60 rows, 3 rejected (1 the line is not JSON, ")
 
     found = pq.read_table(output / "predictions")
     texts = [*tiny_texts[:16], *tiny_texts[18:20], *tiny_texts[:-1]]  # b.jsonl.gz comes before sub/
@@ -159,12 +159,12 @@ def test_an_output_holds_one_job(
     (inputs / "b.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1, "text": "x"}'))
     with pytest.raises(ValueError, match=r"the input .*/b\.jsonl\.gz changed"):
         run(small_memory, [inputs], output)
-    job = Job.model_validate_json((output / "job.json").read_bytes())
+    job = ScoreJob.model_validate_json((output / "job.json").read_bytes())
     (output / "job.json").write_text(job.model_copy(update={"snapshot": "0123456789abcdef"}).model_dump_json())
     with pytest.raises(ValueError, match=r"snapshot was '0123456789abcdef', and is .*--snapshot 0123456789abcdef"):
         run(small_memory, [inputs], output)
     (output / "job.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"job\.json: is torn, or of another version"):
+    with pytest.raises(ValueError, match=r"job\.json: is torn, of another kind of job, or of another version"):
         run(small_memory, [inputs], output)
 
     for place, what in (("a/predictions/part.parquet", "predictions"), ("b/summary.json", r"summary\.json")):
@@ -185,7 +185,7 @@ def test_an_output_among_the_inputs_hides_none_of_them(
         for _ in range(2):  # and started again
             with pytest.raises(ValueError, match="5 parts were removed"):
                 run(small_memory, [inputs], output)
-        job = Job.model_validate_json((output / "job.json").read_bytes())
+        job = ScoreJob.model_validate_json((output / "job.json").read_bytes())
         assert [Path(file.file).name for file in job.inputs] == ["b.jsonl.gz", "a.parquet"]
         (output / "job.json").unlink()
     (inputs / "sub/predictions").mkdir()

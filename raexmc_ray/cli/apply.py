@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from raexmc_ray.cli.output import console, print_answer, print_plain
+from raexmc_ray.cli.output import print_answer, print_plain, print_summary
 from raexmc_ray.recipe import Precision
 
 
@@ -40,8 +40,7 @@ def score(
     from raexmc_ray.local import override
     from raexmc_ray.memory.snapshot import open_snapshot
     from raexmc_ray.recipe import ClusterSection
-    from raexmc_ray.score.job import PREDICTED, REJECTED
-    from raexmc_ray.score.run import score
+    from raexmc_ray.score.run import ScoreJob, score
 
     folder, target = Folder.at(memory), Folder.at(output)
     opened = open_snapshot(folder, snapshot)  # and no other, though a newer one is published meanwhile
@@ -58,9 +57,7 @@ def score(
             snapshot=opened.manifest.id,
             precision=precision,
         )
-    if not summary.scored:
-        raise ValueError(f"{summary}: see {target / REJECTED}")
-    console.print(f"{summary}: {target / PREDICTED}", soft_wrap=True, highlight=False)
+    print_summary(summary, target, ScoreJob)
 
 
 def query(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raexmc_ray.cli.options import Overrides, RecipeFile, read_run
-from raexmc_ray.cli.output import console
+from raexmc_ray.cli.output import console, print_summary
 
 
 def train(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006  # typer copies it
@@ -51,7 +51,7 @@ def build(
 def embed(
     inputs: Annotated[list[str], typer.Argument(help="Parquet, JSON-lines and text files, globs, folders or URLs.")],
     encoder: Annotated[str, typer.Option(help="Any encoder: folder, hub name, package:NAME.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the embeddings.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for embeddings and rejected rows.")],
     id_column: Annotated[str, typer.Option(help="Column with the id of a row.")] = "id",
     text_column: Annotated[
         list[str] | None, typer.Option(help="Column with the text of a row; several are joined. [default: text]")
@@ -63,19 +63,20 @@ def embed(
 ) -> None:
     """Embed the texts of any files. Stopped, the same command goes on."""
     from raexmc_ray.cluster import connected
-    from raexmc_ray.embed import embed_files
+    from raexmc_ray.embed_files import EmbedJob, embed_files
     from raexmc_ray.files import Folder
     from raexmc_ray.inputs.rows import Columns
     from raexmc_ray.recipe import ClusterSection, EncoderSection
 
+    target = Folder.at(output)
     with connected():
-        done = embed_files(
+        summary = embed_files(
             inputs,
-            Folder.at(output),
+            target,
             encoder,
             EncoderSection(max_tokens=max_tokens),
             ClusterSection(encoders=encoders, gpu=gpu),
             Columns(id_column, tuple(text_column or ["text"])),
             dtype="float16" if half else "float32",
         )
-    console.print(f"{done.keys:,} embeddings: {done.folder}", soft_wrap=True)
+    print_summary(summary, target, EmbedJob)

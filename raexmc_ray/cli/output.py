@@ -11,6 +11,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from raexmc_ray.answer import ScoredLabel
+    from raexmc_ray.files import Folder
+    from raexmc_ray.inputs.job import Job, Summary
 
 console = Console()
 
@@ -27,6 +29,15 @@ def print_answer(text: str, labels: Sequence[ScoredLabel]) -> None:
             table.add_row("", Text(f"  {said}", style="dim"))
     console.print(table)
     console.print()
+
+
+def print_summary(summary: Summary, output: Folder, kind: type[Job]) -> None:
+    """What came of a job over input files. Raises ValueError where no row could be used."""
+    from raexmc_ray.inputs.job import REJECTED  # PyArrow, which other commands do without
+
+    if not summary.done:
+        raise ValueError(f"{summary}: see {output / REJECTED}")
+    console.print(f"{kind.VERB}: {summary}: {output / kind.PARTS}", soft_wrap=True, highlight=False)
 
 
 def print_plain(text: str) -> None:

@@ -17,11 +17,11 @@ from raexmc_ray.evaluation.measure import BOTH, DEPTH, POPULARITY, measure, popu
 from raexmc_ray.evaluation.result import Measured
 from raexmc_ray.evaluation.retrieve import Stopwatch
 from raexmc_ray.files import Folder
+from raexmc_ray.inputs.job import REJECTED
 from raexmc_ray.metrics import PRECISION_AT, RECALL_AT, look_up
 from raexmc_ray.recipe import CorpusSection, PredictionSection, Recipe
 
 PREDICTIONS = "evaluation-predictions.json"
-REJECTED = "rejected"
 """The folder of rows that could not be scored."""
 BLOCK_ROWS = 1024
 """Rows put in order at once: a few megabytes at a hundred and fifty labels each."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 
@@ -40,6 +41,43 @@ class UnitRows:
     ids: list[str]
     texts: list[str]
     rejected: list[Rejected]
+
+
+def encode_rows(rows: UnitRows, encode: Callable[[list[str]], np.ndarray]) -> tuple[UnitRows, np.ndarray]:
+    """(the rows that can be encoded, with the others among the rejected ones; their embeddings [rows, d], finite).
+
+    rows: with one text at least. What the encoder raises is raised where it is no text's fault: where each of them can
+    be encoded alone, or any other text fails, too.
+    """
+    reasons: dict[int, str] = {}
+    kept = list(range(len(rows.texts)))
+    try:
+        vectors_ND = encode(rows.texts)
+    except Exception:
+        wrong = failures(rows.texts, encode)
+        reasons = {row: f"the encoder fails on the text ({type(error).__name__})" for row, error in wrong}
+        kept = [row for row in kept if row not in reasons]
+        if not reasons:
+            raise
+        vectors_ND = encode([rows.texts[row] for row in kept]) if kept else encode(["any text"])[:0]
+    finite = np.isfinite(vectors_ND).all(1)
+    for place in np.flatnonzero(~finite).tolist():
+        reasons[kept[place]] = "the encoder's embedding of the text is not finite"
+    if not reasons:
+        return rows, vectors_ND
+    broken = [Rejected(rows.numbers[row], rows.ids[row], reason) for row, reason in reasons.items()]
+    kept = [row for row in kept if row not in reasons]
+    numbers, ids, texts = [rows.numbers[i] for i in kept], [rows.ids[i] for i in kept], [rows.texts[i] for i in kept]
+    return UnitRows(numbers, ids, texts, sorted([*rows.rejected, *broken])), vectors_ND[finite]
+
+
+def failures(texts: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> Iterator[tuple[int, Exception]]:
+    """(its place, what is raised) of each text that cannot be encoded, alone."""
+    for place, text in enumerate(texts):
+        try:
+            encode([text])
+        except Exception as error:
+            yield place, error
 
 
 class Unusable(NamedTuple):

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raexmc_ray.inputs.find import InputFile, Written, find_inputs, modified_ns
+from raexmc_ray.inputs.find import InputFile, modified_ns
 from raexmc_ray.inputs.rows import (
     Columns,
     UnitRows,
@@ -110,21 +110,6 @@ def cut_file(file: InputFile, columns: Columns) -> CutFile:
         return _cut_parquet(file, columns) if file.kind == "parquet" else _cut_lines(file, columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: is torn, or is no {file.kind} file: {error}") from None
-
-
-def read_texts(inputs: Sequence[str], columns: Columns, written: Written | None = None) -> pa.Table:
-    """(id: string, text: string) of all rows of these inputs, for those who hold them all: file after file in the
-    order of `find_inputs`. Raises ValueError that names the file and row of a text that is none."""
-    cut = cut_files(find_inputs(inputs, written), columns)
-    reader, ids, texts = UnitReader([part.file for part in cut], columns), [], []
-    for number, part in enumerate(cut):
-        for unit in part.table(number, np.arange(part.units)).to_pylist():
-            rows = reader.read(Unit(**unit))
-            for row, _, reason in rows.rejected:
-                raise ValueError(f"{part.file}, row {row}: {reason}: mend the row, or drop it")
-            ids += rows.ids
-            texts += rows.texts
-    return pa.table({"id": pa.array(ids, pa.string()), "text": pa.array(texts, pa.string())})
 
 
 class UnitReader:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from raexmc_ray.inputs.rows import Rejected
 from raexmc_ray.predict import Evidence, Predictions
 
 VOTE = pa.struct(
@@ -33,8 +32,6 @@ PREDICTIONS = pa.schema(
 """A row a text, its labels the best first."""
 EVIDENCE = pa.field("evidence", pa.list_(pa.list_(VOTE)))
 """For each label the keys that voted for it, the largest share first."""
-REJECTED = pa.schema({"file": pa.string(), "row": pa.int64(), "id": pa.string(), "reason": pa.string()})
-"""A row that could not be scored, by its number in its file, from 1."""
 
 
 def predictions_table(
@@ -42,9 +39,8 @@ def predictions_table(
     found: Predictions,
     labels: pa.Table,
     evidence: tuple[Evidence, pa.Table] | None,
-    metadata: Mapping[str, str],
 ) -> pa.Table:
-    """PREDICTIONS of B texts, with EVIDENCE where there is some, and `metadata` in the schema.
+    """PREDICTIONS of B texts, with EVIDENCE where there is some.
 
     labels: (uid, text) of all labels. evidence: what voted for `found`, and a row (key_id, kind, uid, text) for each of
     its votes.
@@ -64,7 +60,7 @@ def predictions_table(
         columns["evidence"] = _votes(*evidence, kept_Bk.ravel())
         schema = schema.append(EVIDENCE)
     lists = [pa.ListArray.from_arrays(offsets, values) for values in columns.values()]
-    return pa.Table.from_arrays([pa.array(ids, pa.string()), *lists], schema=schema.with_metadata(dict(metadata)))
+    return pa.Table.from_arrays([pa.array(ids, pa.string()), *lists], schema=schema)
 
 
 def _votes(evidence: Evidence, keys: pa.Table, kept: np.ndarray) -> pa.Array:
@@ -76,12 +72,6 @@ def _votes(evidence: Evidence, keys: pa.Table, kept: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), votes)
 
 
-def no_predictions(evidence: bool, metadata: Mapping[str, str]) -> pa.Table:
+def no_predictions(evidence: bool) -> pa.Table:
     """`predictions_table` of no text."""
-    return (PREDICTIONS.append(EVIDENCE) if evidence else PREDICTIONS).with_metadata(dict(metadata)).empty_table()
-
-
-def rejected_table(file: str, rejected: Sequence[Rejected], metadata: Mapping[str, str]) -> pa.Table:
-    """REJECTED rows of one file."""
-    rows = [{"file": file, **row._asdict()} for row in rejected]
-    return pa.Table.from_pylist(rows, REJECTED.with_metadata(dict(metadata)))
+    return (PREDICTIONS.append(EVIDENCE) if evidence else PREDICTIONS).empty_table()

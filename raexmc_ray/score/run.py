@@ -10,14 +10,10 @@ nothing in the answers, to the bit on one kind of hardware.
 
 from __future__ import annotations
 
-import math
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -25,39 +21,37 @@ import ray
 from raexmc_ray.cluster import living_nodes
 from raexmc_ray.embed import map_units
 from raexmc_ray.files import Folder
-from raexmc_ray.inputs import InputFile, Written, find_inputs
-from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows
-from raexmc_ray.inputs.units import UNIT_BYTES, UNIT_ROWS, Unit, UnitReader, UnreadableError, cut_files
+from raexmc_ray.inputs.job import Job, Summary, Task, UnitWorker, find_files, run_job
+from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows, encode_rows
 from raexmc_ray.memory.index import use_threads
 from raexmc_ray.memory.pool import SHARD_CPUS, ShardPool, ShardUnavailableError
 from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
-from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import ClusterSection, Precision, PredictionSection
-from raexmc_ray.score.job import (
-    JOB,
-    PREDICTED,
-    REJECTED,
-    SUMMARY,
-    WRITTEN,
-    Job,
-    JobInput,
-    Summary,
-    check_output,
-    missing_units,
-    part_name,
-    summarise,
-)
-from raexmc_ray.score.predictions import no_predictions, predictions_table, rejected_table
+from raexmc_ray.score.predictions import no_predictions, predictions_table
 
-BLOCKS = 4096
-"""Pieces of work that Ray Data is given at most: a unit each, or several in a row where there are more units."""
 LEAST_CPUS = 0.01
 """What a shard actor reserves at least."""
 SHARD_PATIENCE_S = 1800.0
 """For a shard to be copied from an object store, and to answer where many encoders wait for it."""
 UNITS_AT_A_TIME = 2
 """In an actor: while one of them waits for the shards, or is written, the other is encoded."""
+
+
+class ScoreJob(Job):
+    """Labels for each row."""
+
+    PARTS, VERB = "predictions", "score"
+    snapshot: str
+    settings: PredictionSection
+    evidence: int
+    """Keys named for each label."""
+    precision: Precision
+    device: str
+    """What encodes: a GPU, or a CPU with so many threads: another may round otherwise."""
+
+    def how_to_go_on(self, before: Self) -> str:
+        return f" (--snapshot {before.snapshot} goes on with that job)" if before.snapshot != self.snapshot else ""
 
 
 def score(
@@ -82,52 +76,31 @@ def score(
     is another job's; it may lie among the inputs. A row that cannot be scored stops nothing: it is written to rejected/
     with its reason.
     """
-    started = time.monotonic()
     opened = open_snapshot(memory, snapshot)
-    files = find_inputs(inputs, Written(output, WRITTEN))
-    job = Job(
+    files = find_files(inputs, output, ScoreJob)
+    job = ScoreJob.over(
+        files,
+        columns,
         snapshot=opened.manifest.id,
         settings=settings,
         evidence=evidence,
-        id_column=columns.id,
-        text_columns=columns.texts,
-        unit_rows=UNIT_ROWS,
-        unit_bytes=UNIT_BYTES,
         precision=precision,
         device="gpu" if cluster.gpu else f"cpu, threads: {_threads(cluster)}",
-        inputs=[JobInput(file=str(file), size=file.size, modified_ns=file.modified_ns) for file in files],
     )
-    is_new = check_output(output, job)
-    cut = cut_files(files, columns)
-    total = sum(part.rows for part in cut)
-    if not total:
-        raise ValueError(f"{', '.join(map(str, files[:3]))}: there is no row in it: nothing to score")
-    if is_new and check_output(output, job):  # a job that was refused leaves nothing behind; cutting may take long
-        (output / JOB).write(job.model_dump_json(indent=1, by_alias=True).encode() + b"\n")
-    units = missing_units(output, cut)
-    if not len(units) and (output / SUMMARY).size() is not None:
-        return Summary.model_validate_json((output / SUMMARY).read())
-    task = _Task(memory, output, files, columns, job, _threads(cluster), cluster.gpu)
-    done = 0
-    if len(units):
-        (output / SUMMARY).remove_file()
-        todo = int(np.sum(units["rows"]))
-        with Progress("score", total, "rows", done=total - todo) as progress:
-            for rows in _score_units(task, opened, units, cluster):
-                done += rows
-                progress.add(rows)
-    return summarise(output, job, cut, done, time.monotonic() - started)
+    task = Task(output, files, job)
+    return run_job(task, lambda units: _score_units(task, memory, opened, units, cluster))
 
 
-def _score_units(task: _Task, opened: Snapshot, units: pa.Table, cluster: ClusterSection) -> Iterator[int]:
+def _score_units(
+    task: Task, memory: Folder, opened: Snapshot, units: list[pa.Table], cluster: ClusterSection
+) -> Iterator[int]:
     """Score these units; gives the rows that are done as they are done."""
-    size = math.ceil(len(units) / BLOCKS)
-    blocks = [units.slice(start, size) for start in range(0, len(units), size)]
     # One copy a node, which its actors share.
     labels = ray.put(pq.read_table(opened.file(LABELS), columns=["uid", "text"]).combine_chunks())
     nodes, cpus = _places_of_shards(opened.manifest, cluster)
-    with ShardPool(task.memory, opened, cpus=cpus, timeout_s=SHARD_PATIENCE_S, nodes=nodes) as pool:
-        yield from map_units(blocks, _UnitScorer, (task, pool, labels), cluster, UNITS_AT_A_TIME)
+    with ShardPool(memory, opened, cpus=cpus, timeout_s=SHARD_PATIENCE_S, nodes=nodes) as pool:
+        arguments = (task, memory, pool, labels, _threads(cluster), cluster.gpu)
+        yield from map_units(units, _UnitScorer, arguments, cluster, UNITS_AT_A_TIME)
 
 
 def _places_of_shards(manifest: Manifest, cluster: ClusterSection) -> tuple[list[str], float]:
@@ -157,98 +130,38 @@ def _threads(cluster: ClusterSection) -> int:
     return max(1, int(cluster.cpus_per_worker))
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What every encoder actor of a job is told."""
+class _UnitScorer(UnitWorker):
+    """An actor that encodes the texts of units, and asks the shard actors."""
 
-    memory: Folder
-    output: Folder
-    files: list[InputFile]
-    columns: Columns
-    job: Job
-    threads: int
-    gpu: bool
+    ENDS_THE_JOB = (*UnitWorker.ENDS_THE_JOB, ShardUnavailableError)
 
-
-class _UnitScorer:
-    """An actor that reads units, encodes them, asks the shard actors, and writes what comes of it."""
-
-    def __init__(self, task: _Task, pool: ShardPool, labels: Any) -> None:
+    def __init__(self, task: Task, memory: Folder, pool: ShardPool, labels: Any, threads: int, gpu: bool) -> None:
         from raexmc_ray.encoder import use_hardware  # the driver does without torch
 
-        use_threads(task.threads)
-        encoder = open_snapshot(task.memory, task.job.snapshot).encoder()
-        self._encoder = use_hardware(encoder, task.threads, task.job.precision, gpu=task.gpu)
+        super().__init__(task)
+        assert isinstance(task.job, ScoreJob)
+        self._job = task.job
+        use_threads(threads)
+        encoder = open_snapshot(memory, self._job.snapshot).encoder()
+        self._encoder = use_hardware(encoder, threads, self._job.precision, gpu=gpu)
         self._encoding = threading.Lock()
-        self._task, self._pool, self._labels = task, pool, ray.get(labels)
-        self._of_thread = threading.local()
+        self._pool, self._labels = pool, ray.get(labels)
 
-    def __call__(self, units: pa.Table) -> dict[str, np.ndarray]:
-        try:
-            rows = [self._do(Unit(**unit)) for unit in units.to_pylist()]
-        except (UnreadableError, ShardUnavailableError) as error:
-            return {"error": np.array([str(error)])}
-        except OSError as error:  # no space, no rights, a store that does not answer
-            return {"error": np.array([f"{self._task.output}: cannot be written, or its inputs read: {error}"])}
-        return {"rows": np.array([sum(rows)])}
+    def part_of(self, rows: UnitRows) -> tuple[pa.Table, list[Rejected]]:
+        table, rejected = self._predict(rows)
+        return table.replace_schema_metadata({"snapshot": self._job.snapshot}), rejected
 
-    def _do(self, unit: Unit) -> int:
-        output, name = self._task.output, part_name(unit.file, unit.number)
-        if (output / PREDICTED / name).size() is not None:  # by an actor that died before it could say so
-            return unit.rows
-        file, job = self._task.files[unit.file], self._task.job
-        metadata = {
-            "snapshot": job.snapshot,
-            "settings": job.model_dump_json(by_alias=True, exclude={"inputs"}),
-            "input": job.inputs[unit.file].model_dump_json(),
-            "first_row": str(unit.first + 1),
-        }
-        predicted, rejected = self._predict(unit, metadata)
-        if rejected:  # before its predictions: a unit is done once they are there
-            _write(output / REJECTED / name, rejected_table(str(file), rejected, metadata))
-        else:  # of an actor that died between its two writes, and whose encoder failed
-            (output / REJECTED / name).remove_file()
-        _write(output / PREDICTED / name, predicted)
-        return unit.rows
-
-    def _predict(self, unit: Unit, metadata: dict[str, str]) -> tuple[pa.Table, list[Rejected]]:
-        """The unit's predictions, and those of its rows that have none."""
-        rows, settings, evidence = self._reader.read(unit), self._task.job.settings, self._task.job.evidence
+    def _predict(self, rows: UnitRows) -> tuple[pa.Table, list[Rejected]]:
+        settings, evidence = self._job.settings, self._job.evidence
         if rows.texts:
             with self._encoding:
-                queries_BD = self._encoder.encode(rows.texts)
-            rows, queries_BD = _drop_broken(rows, queries_BD)
+                rows, queries_BD = encode_rows(rows, self._encoder.encode)
         if not rows.texts:
-            return no_predictions(evidence > 0, metadata), rows.rejected
+            return no_predictions(evidence > 0), rows.rejected
         hits = self._pool.search(queries_BD, settings.neighbours)
         lambda_, temperature = settings.lambda_, settings.temperature
         found, votes = aggregate(hits, lambda_=lambda_, temperature=temperature, k=settings.k), None
         if evidence:
             voted = vote_evidence(hits, found, lambda_=lambda_, temperature=temperature, keys=evidence)
             votes = voted, self._pool.key_rows(voted.key_ids)
-        return predictions_table(rows.ids, found, self._labels, votes, metadata), rows.rejected
-
-    @property
-    def _reader(self) -> UnitReader:
-        """This thread's own, with its own place in a file."""
-        if not hasattr(self._of_thread, "reader"):
-            self._of_thread.reader = UnitReader(self._task.files, self._task.columns)
-        return self._of_thread.reader
-
-
-def _drop_broken(rows: UnitRows, queries_BD: np.ndarray) -> tuple[UnitRows, np.ndarray]:
-    """Without the rows whose embedding is not finite, which are rejected."""
-    finite = np.isfinite(queries_BD).all(1)
-    if finite.all():
-        return rows, queries_BD
-    reason = "the encoder's embedding of the text is not finite"
-    broken = [Rejected(rows.numbers[i], rows.ids[i], reason) for i in np.flatnonzero(~finite)]
-    kept = np.flatnonzero(finite).tolist()
-    numbers, ids, texts = [rows.numbers[i] for i in kept], [rows.ids[i] for i in kept], [rows.texts[i] for i in kept]
-    return UnitRows(numbers, ids, texts, sorted([*rows.rejected, *broken])), queries_BD[finite]
-
-
-def _write(file: Folder, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    file.write(sink.getvalue())
+        return predictions_table(rows.ids, found, self._labels, votes), rows.rejected
