@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 UNIT_KEYS = 4096
 """Keys in a unit."""
-COMPUTED_IN: dict[Precision, str] = {"bfloat16": "computed-in-bfloat16", "float32": "computed-in-float32"}
+COMPUTED_IN: dict[Precision, str] = {"bfloat16": ".computed-in-bfloat16", "float32": ".computed-in-float32"}
 """The empty file beside the units that says in what precision all of them are computed."""
 STAGED = "staged"
 """Written into the folder of a given encoder once all of it is there."""
-NAMES = ("kind", "uid", "id")
+NAMES = ("kind", "uid")
 """Columns that name a row to people, where a table has them."""
 BLOCK_UNITS = 16
 """Units whose rows of a shard are handed to its index together."""
@@ -129,6 +129,13 @@ def precision_of(folder: Folder) -> Precision | None:
     return there[0] if there else None
 
 
+def say_precision(folder: Folder) -> None:
+    """Tell in which precision the units in a folder go on, where they were begun. Raises as `precision_of`."""
+    precision = precision_of(folder)
+    if precision:
+        logger.info("%s: goes on in %s, in which it was begun", folder, precision)
+
+
 def keys_encoder(encoder: Folder, units: Folder, threads: int, gpu: bool) -> TextEncoder:
     """The encoder of a folder, for this process to compute some of the units in another: in its hardware's precision,
     unless they were begun in another. Raises ValueError where the encoder is not seen here, and as `precision_of`."""
@@ -157,9 +164,7 @@ def embed_keys(
     missing = embeddings.missing()
     if not missing:
         return
-    precision = precision_of(embeddings.folder)
-    if precision:
-        logger.info("%s: goes on in %s, in which it was begun", embeddings.folder, precision)
+    say_precision(embeddings.folder)
     finished = len(table) - sum(map(embeddings.size, missing))
     texts = table.select(["key_id", *(name for name in NAMES if name in table.column_names), "text"])
     # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
@@ -251,7 +256,7 @@ class _UnitEncoder:
 
 
 def _name(unit: pa.Table, row: int) -> str:
-    """A row of a unit, for people: kind and uid, or id, where it has them; its key, and how its text begins."""
+    """A row of a unit, for people: kind and uid, where it has them; its key, and how its text begins."""
     found = {name: str(unit[name][row].as_py()) for name in (*NAMES, "key_id") if name in unit.column_names}
     key = found.pop("key_id")
     who = " ".join(found.values()) or "a text"

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from raexmc_ray.embed import keys_encoder, map_units, stage
+from raexmc_ray.embed import keys_encoder, map_units, say_precision, stage
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs.job import Job, Summary, Task, UnitWorker, find_files, run_job
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows, encode_rows
@@ -31,7 +31,7 @@ class EmbedJob(Job):
 
     @classmethod
     def written(cls) -> tuple[str, ...]:
-        return *super().written(), "encoders/given-*/*"
+        return *super().written(), f"encoders/given-{'[0-9a-f]' * 16}/*"
 
 
 def embed_files(
@@ -54,12 +54,13 @@ def embed_files(
     """
     from raexmc_ray.encoder import TextEncoder
 
-    tower = TextEncoder.load(encoder, layers=section.layers, max_tokens=section.max_tokens)
     files = find_files(inputs, output, EmbedJob)
+    tower = TextEncoder.load(encoder, layers=section.layers, max_tokens=section.max_tokens)
     settings = {"encoder": tower.fingerprint, "dimension": tower.dimension, "dtype": dtype}
     task = Task(output, files, EmbedJob.over(files, columns, **settings))
 
     def work(units: list[pa.Table]) -> Iterator[int]:
+        say_precision(task.parts())
         arguments = (task, stage(output, tower), section.batch_size, max(1, int(cluster.cpus_per_worker)), cluster.gpu)
         yield from map_units(units, _FileEncoder, arguments, cluster)
 
@@ -69,13 +70,13 @@ def embed_files(
 class _FileEncoder(UnitWorker):
     """An actor that embeds the rows of units."""
 
-    DICTIONARIES = False
+    VALUES_COME_AGAIN = False
 
     def __init__(self, task: Task, encoder: Folder, batch_size: int, threads: int, gpu: bool) -> None:
         super().__init__(task)
         self._refused = ""  # for a call to say: Ray Data makes a trace of what is raised here
         try:
-            self._encoder = keys_encoder(encoder, task.output, threads, gpu)
+            self._encoder = keys_encoder(encoder, task.parts(), threads, gpu)
         except ValueError as error:
             self._refused = str(error)
         self._batch_size = batch_size

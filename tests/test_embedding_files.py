@@ -19,10 +19,12 @@ from helpers import MODEL, tiny_encoder
 
 from raexmc_ray import embed
 from raexmc_ray.embed import Embeddings, _UnitEncoder, embed_keys, precision_of
-from raexmc_ray.embed_files import embed_files
+from raexmc_ray.embed_files import EmbedJob, _FileEncoder, embed_files
 from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
-from raexmc_ray.inputs.job import Summary
+from raexmc_ray.inputs.job import Summary, Task, find_files
+from raexmc_ray.inputs.rows import Columns
+from raexmc_ray.inputs.units import cut_files
 from raexmc_ray.recipe import ClusterSection, EncoderSection, Precision
 
 SECTION = EncoderSection(layers=1, max_tokens=16)
@@ -45,7 +47,7 @@ def test_files_become_embeddings(ray_cluster: str, tmp_path: Path) -> None:
     inputs, output = [tmp_path / "b.jsonl", tmp_path / "a.parquet"], tmp_path / "out"
 
     summary = run(inputs, output)
-    assert (summary.rows, summary.done, summary.parts) == (3000, 2998, 4)
+    assert (summary.rows, summary.results, summary.parts) == (3000, 2998, 4)
     assert summary.rejected == {"the id is missing": 1, "the text is empty": 1}
     found = pq.read_table(output / "embeddings")
     assert found["id"].to_pylist() == [f"p{i}" for i in range(2500)] + [
@@ -84,7 +86,7 @@ def test_files_become_embeddings(ray_cluster: str, tmp_path: Path) -> None:
 def test_half_of_the_bytes_are_written_where_they_do(ray_cluster: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("vim\nemacs\n")
     summary = run([tmp_path], tmp_path, dtype="float16")  # which lies among its inputs
-    assert (summary.done, summary.files) == (2, 1)
+    assert (summary.results, summary.files) == (2, 1)
     found = pq.read_table(tmp_path / "embeddings")
     vectors = found["embedding"].combine_chunks().flatten().to_numpy().reshape(2, -1)
     assert vectors.dtype == np.float16
@@ -178,7 +180,7 @@ def test_keys_that_two_kinds_of_hardware_begin_at_once_are_refused(
 
     def write_both(self: Folder, data: bytes) -> None:
         for precision in ("bfloat16", "float32"):
-            write(self.parent / f"computed-in-{precision}", data)
+            write(self.parent / f".computed-in-{precision}", data)
 
     monkeypatch.setattr(Folder, "write", write_both)
     worker = _UnitEncoder(Folder.at(tmp_path / "encoder"), embeddings, 64, torch.get_num_threads(), gpu=False)
@@ -186,6 +188,34 @@ def test_keys_that_two_kinds_of_hardware_begin_at_once_are_refused(
     assert said.startswith(f"{tmp_path}/keys: was begun in bfloat16 and in float32 at once")
     with pytest.raises(ValueError, match="at once, by nodes of two kinds: remove it"):
         embed_keys(table, Folder.at(tmp_path / "encoder"), embeddings, EncoderSection(), ClusterSection())
+
+
+@pytest.mark.parametrize("begun", ["bfloat16", "float32"])
+def test_files_are_embedded_in_one_precision_whatever_hardware_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: Precision
+) -> None:
+    """And two that began at once are told to remove what the job wrote: never its inputs, which may lie there, too."""
+    (tmp_path / "a.txt").write_text("vim\nemacs\n")
+    tiny_encoder().save(tmp_path / "encoder")
+    files = find_files([str(tmp_path / "a.txt")], Folder.at(tmp_path), EmbedJob)
+    job = EmbedJob.over(files, Columns(), encoder="", dimension=tiny_encoder().dimension, dtype="float32")
+    task, threads, computed = Task(Folder.at(tmp_path), files, job), torch.get_num_threads(), []
+    unit = cut_files(files, Columns())[0].table(0, np.arange(1))
+
+    def worker() -> _FileEncoder:
+        return _FileEncoder(task, Folder.at(tmp_path / "encoder"), 64, threads, gpu=False)
+
+    for turn in range(2):  # each on another kind of CPU
+        monkeypatch.setattr("raexmc_ray.encoder.bfloat16_is_native", lambda _, turn=turn: (begun == "bfloat16") != turn)
+        assert worker()(unit)["rows"].tolist() == [2]
+        (part,) = (tmp_path / "embeddings").glob("part-*")
+        computed.append(part.read_bytes())
+        part.unlink()
+    assert computed[0] == computed[1]
+    for precision in ("bfloat16", "float32"):
+        (tmp_path / f"embeddings/.computed-in-{precision}").touch()
+    (said,) = worker()(unit)["error"]
+    assert said.startswith(f"{tmp_path}/embeddings: was begun in bfloat16 and in float32 at once")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

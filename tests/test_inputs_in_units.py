@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raexmc_ray.files import Folder
-from raexmc_ray.inputs import Written, find_inputs, units
-from raexmc_ray.inputs.find import _expand, modified_ns
+from raexmc_ray.inputs import units
+from raexmc_ray.inputs.find import Written, _expand, find_inputs, modified_ns
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows, encode_rows
 from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, cut_files
 

@@ -15,17 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from conftest import free_port
-from helpers import corpus_of, random_relevance, tiny_encoder, write_tiny_corpus
+from helpers import MODEL, corpus_of, random_relevance, tiny_encoder, write_tiny_corpus
 
 import raexmc_ray
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.embed import stage_encoder
+from raexmc_ray.embed_files import embed_files
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.build import build
 from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.pool import open_in_actors
 from raexmc_ray.memory.snapshot import SnapshotError, list_snapshots, publish_current
-from raexmc_ray.recipe import ClusterSection, MemorySection, PredictionSection, Recipe
+from raexmc_ray.recipe import ClusterSection, EncoderSection, MemorySection, PredictionSection, Recipe
 from raexmc_ray.score.run import score
 
 
@@ -123,7 +124,7 @@ def test_files_on_s3_are_scored_to_s3(bucket: str, small_memory: Path, tmp_path:
         summary = score(
             Folder.at(small_memory), given, Folder.at(output), PredictionSection(k=3), ClusterSection(encoders=1)
         )
-        assert (summary.done, summary.rejected) == (4, {"the id is empty": 1, "the text is empty": 1})
+        assert (summary.results, summary.rejected) == (4, {"the id is empty": 1, "the text is empty": 1})
         tables = {}
         for kind in ("predictions", "rejected"):
             for name in (Folder.at(output) / kind).names():
@@ -133,3 +134,10 @@ def test_files_on_s3_are_scored_to_s3(bucket: str, small_memory: Path, tmp_path:
     assert len(found[0]) == 4
     assert found[0] == found[1]
     assert "secret" not in (Folder.at(outputs[0]) / "job.json").read().decode()
+
+    vectors, section = Folder.at(bucket.format("vectors")), EncoderSection(layers=1)
+    for _ in range(2):  # the second time nothing is left to do
+        summary = embed_files([bucket.format("texts")], vectors, MODEL, section, ClusterSection(encoders=1))
+        assert (summary.results, summary.parts) == (4, 2)
+    part = pq.read_table(pa.BufferReader((vectors / "embeddings/part-00000-000000.parquet").read()))
+    assert part["id"].to_pylist() == ["1", "3"]

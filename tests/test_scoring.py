@@ -64,7 +64,7 @@ def test_scores_equal_the_librarys_whoever_computes_them(
     output = tmp_path / "out"
     summary = run(small_memory, [inputs / "sub/a.parquet", inputs / "b.jsonl.gz"], output)
     memory = raexmc_ray.open(small_memory)
-    assert (summary.rows, summary.done, summary.files, summary.parts) == (60, 57, 2, 5)
+    assert (summary.rows, summary.results, summary.files, summary.parts) == (60, 57, 2, 5)
     assert summary.rejected == {"the line is not JSON": 1, "the text is empty": 1, "the text is null": 1}
     assert summary == Summary.model_validate_json((output / "summary.json").read_bytes())
     assert str(summary).startswith("57 of 60 rows, 3 rejected (1 the line is not JSON, ")

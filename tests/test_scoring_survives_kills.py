@@ -101,7 +101,7 @@ def test_a_killed_driver(undisturbed: Undisturbed, tmp_path: Path) -> None:
             driver.wait()
             before = {part: part.stat().st_mtime_ns for part in output.rglob("part-*")}
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-            assert f"{ROWS:,} rows scored" in done.stdout
+            assert f" of {ROWS:,} rows, 14 rejected" in done.stdout
             assert contents(output) == undisturbed.contents
             after = {part: part.stat().st_mtime_ns for part in before}
             assert after == before, "what was there is not computed again"

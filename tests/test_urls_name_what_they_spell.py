@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raexmc_ray.files import Folder
-from raexmc_ray.inputs import find_inputs
+from raexmc_ray.inputs.find import find_inputs
 
 NAMES = ("a b", "ä", "a#1", "x[1]", "{a}", "100%", "a%2", "a|b^c`d", 'a"b', "a\\b", "a+b,c;d=e&f@g!$'()*~", "日本")
 

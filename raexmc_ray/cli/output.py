@@ -35,7 +35,7 @@ def print_summary(summary: Summary, output: Folder, kind: type[Job]) -> None:
     """What came of a job over input files. Raises ValueError where no row could be used."""
     from raexmc_ray.inputs.job import REJECTED  # PyArrow, which other commands do without
 
-    if not summary.done:
+    if not summary.results:
         raise ValueError(f"{summary}: see {output / REJECTED}")
     console.print(f"{kind.VERB}: {summary}: {output / kind.PARTS}", soft_wrap=True, highlight=False)
 

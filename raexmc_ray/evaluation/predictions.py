@@ -22,7 +22,6 @@ from raexmc_ray.metrics import PRECISION_AT, RECALL_AT, look_up
 from raexmc_ray.recipe import CorpusSection, PredictionSection, Recipe
 
 PREDICTIONS = "evaluation-predictions.json"
-"""The folder of rows that could not be scored."""
 BLOCK_ROWS = 1024
 """Rows put in order at once: a few megabytes at a hundred and fifty labels each."""
 logger = logging.getLogger("raexmc_ray")

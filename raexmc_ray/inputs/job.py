@@ -36,7 +36,7 @@ from raexmc_ray.inputs.units import UNIT_BYTES, UNIT_ROWS, CutFile, Unit, UnitRe
 from raexmc_ray.progress import Progress
 
 JOB, SUMMARY, REJECTED = "job.json", "summary.json", "rejected"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCKS = 4096
 """Pieces of work that are handed out at most: a unit each, or several in a row where there are more units."""
 REJECTED_ROWS = pa.schema({"file": pa.string(), "row": pa.int64(), "id": pa.string(), "reason": pa.string()})
@@ -53,8 +53,8 @@ class JobInput(BaseModel):
     """Nanoseconds since the epoch; object stores tell seconds."""
 
 
-class Job(BaseModel, ABC):
-    """What is computed: equal jobs have equal parts."""
+class Job(BaseModel):
+    """What is computed: a run with an equal job takes the parts that are there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     PARTS: ClassVar[str]
@@ -80,7 +80,7 @@ class Job(BaseModel, ABC):
 
     @classmethod
     def written(cls) -> tuple[str, ...]:
-        """All that such a job writes, as patterns of names."""
+        """All that such a job writes that an input could be taken for, as patterns of names."""
         return JOB, SUMMARY, f"{cls.PARTS}/part-*.parquet", f"{REJECTED}/part-*.parquet"
 
     @classmethod
@@ -107,7 +107,7 @@ class Job(BaseModel, ABC):
 
 
 class Run(BaseModel):
-    """How long a run took."""
+    """How long a run took, from its first look at the output."""
 
     rows: int
     seconds: float
@@ -118,7 +118,8 @@ class Summary(BaseModel):
     """What came of a job."""
 
     rows: int
-    done: int
+    results: int
+    """Rows that have one in some part."""
     rejected: dict[str, int]
     """Rows that could not be used, by the reason."""
     files: int
@@ -129,7 +130,7 @@ class Summary(BaseModel):
     def __str__(self) -> str:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.items())
         rejected = f", {sum(self.rejected.values()):,} rejected ({reasons})" if reasons else ""
-        return f"{self.done:,} of {self.rows:,} rows{rejected}, {self.last_run.rows_per_s:,.1f} rows/s"
+        return f"{self.results:,} of {self.rows:,} rows{rejected}, {self.last_run.rows_per_s:,.1f} rows/s"
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ class UnitWorker(ABC):
 
     ENDS_THE_JOB: ClassVar[tuple[type[Exception], ...]] = (UnreadableError,)
     """Errors that say by themselves what is wrong."""
-    DICTIONARIES: ClassVar[bool | list[str]] = True
-    """Columns of a part in which values come again."""
+    VALUES_COME_AGAIN: ClassVar[bool] = True
+    """In the columns of a part, so that dictionaries of them save bytes."""
 
     def __init__(self, task: Task) -> None:
         self.task, self._of_thread = task, threading.local()
@@ -187,7 +188,7 @@ class UnitWorker(ABC):
         else:  # of a worker that died between its two writes, and whose encoder failed
             (task.output / REJECTED / name).remove_file()
         part = part.replace_schema_metadata({**(part.schema.metadata or {}), **metadata})
-        _write(task.parts() / name, part, self.DICTIONARIES)
+        _write(task.parts() / name, part, self.VALUES_COME_AGAIN)
         return unit.rows
 
     @property
@@ -289,7 +290,7 @@ def summarise(task: Task, cut: Sequence[CutFile], done: int, seconds: float) -> 
     rows = sum(part.rows for part in cut)
     summary = Summary(
         rows=rows,
-        done=rows - reasons.total(),
+        results=rows - reasons.total(),
         rejected=dict(sorted(reasons.items())),
         files=len(cut),
         parts=sum(part.units for part in cut),
@@ -321,7 +322,7 @@ def _sweep(task: Task) -> None:
                 (folder / name).remove_file()
 
 
-def _write(file: Folder, table: pa.Table, dictionaries: bool | list[str] = True) -> None:
+def _write(file: Folder, table: pa.Table, dictionaries: bool = True) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, use_dictionary=dictionaries)
     file.write(sink.getvalue())

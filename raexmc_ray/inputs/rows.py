@@ -47,7 +47,7 @@ def encode_rows(rows: UnitRows, encode: Callable[[list[str]], np.ndarray]) -> tu
     """(the rows that can be encoded, with the others among the rejected ones; their embeddings [rows, d], finite).
 
     rows: with one text at least. What the encoder raises is raised where it is no text's fault: where each of them can
-    be encoded alone, or any other text fails, too.
+    be encoded alone, or any other text fails, too; so is what memory and files raise.
     """
     reasons: dict[int, str] = {}
     kept = list(range(len(rows.texts)))
@@ -76,6 +76,8 @@ def failures(texts: Sequence[str], encode: Callable[[list[str]], np.ndarray]) ->
     for place, text in enumerate(texts):
         try:
             encode([text])
+        except (MemoryError, OSError):
+            raise
         except Exception as error:
             yield place, error
 

@@ -1,1 +1,1 @@
-"""Labelling whole data sets offline: `run.score` does it with Ray, `job` says what is on disk."""
+"""Labelling whole data sets offline, with Ray."""

@@ -1,7 +1,8 @@
 """Ray Data: label whole data sets offline, in units that are computed once.
 
 A unit is some rows of one input file (inputs/units.py). An encoder actor reads it, encodes it, asks the shard
-actors, and writes its part of the output (job.py) in one atomic step; the driver holds names and numbers, never rows.
+actors, and writes its part of the output (inputs/job.py) in one atomic step; the driver holds names and numbers, never
+rows.
 
 A unit is one batch for the encoder and for the shards whoever does it, with so many threads whatever the number of
 actors, and files are numbered in the order of their names: so input order, the number of actors and restarts change
@@ -66,7 +67,7 @@ def score(
     snapshot: str | None = None,
     precision: Precision = "auto",
 ) -> Summary:
-    """Write the best k labels of every input row under `output`, as job.py lays it out.
+    """Write the best k labels of every input row under `output`, as inputs/job.py lays it out.
 
     inputs: what `find_inputs` takes. Parts have the schema PREDICTIONS, with `evidence` keys a label in one more column
     where that is not 0; snapshot, settings and input stand in the schema's metadata. snapshot: of the memory, in place
