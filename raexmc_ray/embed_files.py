@@ -60,7 +60,7 @@ def embed_files(
     task = Task(output, files, EmbedJob.over(files, columns, **settings))
 
     def work(units: list[pa.Table]) -> Iterator[int]:
-        say_precision(task.parts())
+        say_precision(task.parts)
         arguments = (task, stage(output, tower), section.batch_size, max(1, int(cluster.cpus_per_worker)), cluster.gpu)
         yield from map_units(units, _FileEncoder, arguments, cluster)
 
@@ -76,7 +76,7 @@ class _FileEncoder(UnitWorker):
         super().__init__(task)
         self._refused = ""  # for a call to say: Ray Data makes a trace of what is raised here
         try:
-            self._encoder = keys_encoder(encoder, task.parts(), threads, gpu)
+            self._encoder = keys_encoder(encoder, task.parts, threads, gpu)
         except ValueError as error:
             self._refused = str(error)
         self._batch_size = batch_size

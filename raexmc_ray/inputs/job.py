@@ -141,6 +141,7 @@ class Task:
     files: list[InputFile]
     job: Job
 
+    @property
     def parts(self) -> Folder:
         return self.output / self.job.PARTS
 
@@ -173,7 +174,7 @@ class UnitWorker(ABC):
 
     def _do(self, unit: Unit) -> int:
         task, name = self.task, part_name(unit.file, unit.number)
-        if (task.parts() / name).size() is not None:  # by a worker that died before it could say so
+        if (task.parts / name).size() is not None:  # by a worker that died before it could say so
             return unit.rows
         metadata = {
             "settings": task.job.model_dump_json(by_alias=True, exclude={"inputs"}),
@@ -188,7 +189,7 @@ class UnitWorker(ABC):
         else:  # of a worker that died between its two writes, and whose encoder failed
             (task.output / REJECTED / name).remove_file()
         part = part.replace_schema_metadata({**(part.schema.metadata or {}), **metadata})
-        _write(task.parts() / name, part, self.VALUES_COME_AGAIN)
+        _write(task.parts / name, part, self.VALUES_COME_AGAIN)
         return unit.rows
 
     @property
@@ -261,7 +262,7 @@ def part_name(file: int, unit: int) -> str:
 
 def missing_units(task: Task, cut: Sequence[CutFile]) -> pa.Table:
     """The units (fields of `Unit`) that have no part yet. Raises ValueError where there is a part of no unit."""
-    folders = task.parts(), task.output / REJECTED
+    folders = task.parts, task.output / REJECTED
     there, rejected = (
         {name for name in folder.names() if not name.startswith(".")}  # those are half-written
         for folder in folders
@@ -316,7 +317,7 @@ def _count_reasons(output: Folder) -> Counter[str]:
 
 def _sweep(task: Task) -> None:
     """Remove what processes that were killed had begun to write; whatever else is hidden there is not ours."""
-    for folder in (task.parts(), task.output / REJECTED):
+    for folder in (task.parts, task.output / REJECTED):
         for name in folder.names():
             if name.startswith(".part-"):
                 (folder / name).remove_file()
