@@ -30,7 +30,7 @@ def score(
     ] = None,
     gpu: Annotated[bool, typer.Option(help="Give each encoder actor a GPU.")] = False,
     precision: Annotated[
-        Precision, typer.Option(help="auto: bfloat16 on GPUs, float32 on CPUs; bfloat16 is 1.7 times as fast there.")
+        Precision, typer.Option(help="auto: bfloat16 on GPUs, float32 on CPUs; bfloat16 is 1.6 times as fast there.")
     ] = "auto",
 ) -> None:
     """Label whole data sets. Stopped, the same command goes on."""
