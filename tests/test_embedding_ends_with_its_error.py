@@ -62,9 +62,8 @@ def test_an_encoder_that_a_node_does_not_see_is_told_with_the_remedy(tmp_path: P
     unit = pa.table({"key_id": [0], "text": ["a text"]})
     embeddings = Embeddings(Folder.at(tmp_path / "embeddings"), 1, 1, "float32")
     (said,) = _UnitEncoder(Folder.at(tmp_path / "encoder"), embeddings, 64, 1, gpu=False)(unit)["error"]
-    assert (
-        said == f"{tmp_path}/encoder: is not seen by every node: set cluster.storage, or --output, to a folder that is"
-    )
+    remedy = "set cluster.storage, or --output, to a folder that is"
+    assert said == f"{tmp_path}/encoder: is not seen by every node: {remedy}"
 
 
 @pytest.mark.parametrize(

@@ -428,10 +428,8 @@ def test_what_an_encoder_cannot_take_is_rejected_and_costs_no_other_row() -> Non
     kept, vectors = encode_rows(rows, encode)
     assert (kept.numbers, kept.ids, kept.texts) == ([1, 5], ["a", "e"], ["vim", "nano"])
     assert vectors.tolist() == [[3], [4]]
-    fails, not_finite = (
-        "the encoder fails on the text (RuntimeError)",
-        "the encoder's embedding of the text is not finite",
-    )
+    fails = "the encoder fails on the text (RuntimeError)"
+    not_finite = "the encoder's embedding of the text is not finite"
     assert kept.rejected == [earlier, Rejected(3, "c", fails), Rejected(4, "d", not_finite)]
     kept, vectors = encode_rows(UnitRows([1], ["c"], ["raises"], []), encode)
     assert (kept.texts, vectors.shape, kept.rejected) == ([], (0, 1), [Rejected(1, "c", fails)])
