@@ -38,7 +38,7 @@ test-all: $(INSTALLED) ## The whole test suite, as CI runs it
 soak: $(INSTALLED) ## All rounds of each kill, roll-out and fuzz test; results in benchmarks/results
 	@RAEXMC_SOAK=1 $(BIN)/python -m pytest --timeout 7200 tests/test_memory_survives_kills.py \
 	  tests/test_serving_survives_kills.py tests/test_rollouts_lose_nothing.py tests/test_serving_over_http.py \
-	  tests/test_tuning_looks_at_held_out_rows_only.py tests/test_scoring_survives_kills.py
+	  tests/test_tuning_looks_at_held_out_rows_only.py tests/test_jobs_over_files_survive_kills.py
 
 check: $(INSTALLED) ## Lint, format and type checks
 	$(BIN)/ruff check .
