@@ -225,7 +225,7 @@ class TextEncoder(nn.Module):
 
         It does the same, sooner: a pass does both at every call. It can no longer be trained, nor saved.
         """
-        _ = self.fingerprint  # of the weights as they are
+        _ = self._weights_digest  # of the weights as they are
         if self.device.type == "cpu":
             pack_weights(self.model, self._compute_dtype)
         for module in self.model.modules():
@@ -330,10 +330,17 @@ class TextEncoder(nn.Module):
         if self.lexical:
             digest.update(self.lexical.idf_W.tobytes())
         digest.update(self.tokenizer_json.encode())
+        digest.update(self._weights_digest)
+        return digest.hexdigest()
+
+    @cached_property
+    def _weights_digest(self) -> bytes:
+        """sha256 over the tower's weights, in float32."""
+        digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return digest.digest()
 
 
 def tokenize(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> Tokens:

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 class Memory:
     """One snapshot of a knowledge memory, with the encoder that made it."""
 
-    def __init__(self, snapshot: Snapshot, shards: Shards) -> None:
+    def __init__(self, snapshot: Snapshot, shards: Shards, encoder: TextEncoder | None = None) -> None:
+        """encoder: the snapshot's, where it is loaded already."""
         self.snapshot = snapshot
         self.shards = shards
+        self._loaded = encoder
 
     @property
     def manifest(self) -> Manifest:
@@ -36,8 +38,10 @@ class Memory:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """The encoder that made the keys, loaded when it is first needed."""
-        return self.snapshot.encoder()
+        """The encoder that made the keys, loaded when it is first needed; it only encodes."""
+        encoder = self._loaded or self.snapshot.encoder()
+        encoder.freeze_weights()
+        return encoder
 
     @cached_property
     def labels(self) -> pa.Table:

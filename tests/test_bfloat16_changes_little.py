@@ -15,6 +15,7 @@ import raexmc_ray
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder, use_hardware
 from raexmc_ray.files import Folder
+from raexmc_ray.lexical import Lexical
 from raexmc_ray.predict import Predictions, aggregate
 from raexmc_ray.recipe import Precision
 from raexmc_ray.serve.again import Call
@@ -35,6 +36,8 @@ def test_frozen_weights_compute_the_same(tiny_texts: list[str], precision: Preci
     expected, got = (encoder.encode(tiny_texts) for encoder in (as_it_is, frozen))
     assert np.abs(got - expected).max() < (1e-6 if precision == "float32" else 1e-3)
     assert frozen.fingerprint == as_it_is.fingerprint
+    lexical = Lexical.fit(tiny_texts, dimension=64, weight=0.3)
+    assert frozen.with_lexical(lexical).fingerprint == as_it_is.with_lexical(lexical).fingerprint
     assert (frozen.device, frozen.precision) == (torch.device("cpu"), precision)
     if "AVX" in torch.backends.cpu.get_cpu_capability() and precision == "float32":  # bfloat16: not on all of them
         assert not any(isinstance(module, nn.Linear) for module in frozen.modules()), "laid out for this CPU"

@@ -195,11 +195,18 @@ class ShardPool:
 
 
 def open_in_actors(memory: Folder, snapshot: str | None = None, *, gpu: bool = False) -> tuple[Memory, ShardPool]:
-    """The memory with its shards in actors, each with a GPU if asked for, and the pool to close afterwards."""
-    # Not above: a shard's actor imports this module, and would start later by SciPy.
+    """The memory with its shards in actors, each with a GPU if asked for, and the pool to close afterwards.
+
+    For a command: its encoder takes all CPUs, and torch one thread in each operation.
+    """
+    # Not above: a shard's actor imports this module, and would start later by torch and SciPy.
+    from raexmc_ray.encoder import use_hardware
     from raexmc_ray.local import Memory
 
     opened = open_snapshot(memory, snapshot)
+    encoder = use_hardware(
+        opened.encoder(), os.cpu_count() or 1
+    )  # before the actors, who would be left if it is refused
     there = sum(node["Resources"].get("CPU", 0) for node in living_nodes())
     pool = ShardPool(memory, opened, cpus=min(SHARD_CPUS, there / (2 * opened.manifest.shards)), gpu=gpu)
-    return Memory(opened, pool), pool
+    return Memory(opened, pool, encoder), pool
