@@ -15,6 +15,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ NAMES = ("kind", "uid")
 """Columns that name a row to people, where a table has them."""
 BLOCK_UNITS = 16
 """Units whose rows of a shard are handed to its index together."""
+READERS = 16
+"""Units that are read at a time: an object store makes each of them wait."""
 logger = logging.getLogger("raexmc_ray")
 
 
@@ -86,34 +89,45 @@ class Embeddings:
     def of_shard(self, shard: int) -> Iterator[np.ndarray]:
         """Embeddings [n, d] of a shard's keys in id order, a block at a time. Raises ValueError for a unit that does
         not have the keys that it must have."""
-        for start in range(0, self.units, BLOCK_UNITS):
-            parts = [self._part(unit, shard)[1] for unit in range(start, min(start + BLOCK_UNITS, self.units))]
-            yield np.concatenate(parts)
+        with ThreadPoolExecutor(READERS) as threads:
+            for start in range(0, self.units, BLOCK_UNITS):
+                units = range(start, min(start + BLOCK_UNITS, self.units))
+                parts = threads.map(lambda unit: self._parts(unit, [shard])[0][1], units)
+                yield np.concatenate(list(parts))
 
     def take(self, key_ids: np.ndarray) -> np.ndarray:
-        """Embeddings [n, d] of these keys, which are sorted."""
-        taken = []
-        for unit in np.unique(key_ids // UNIT_KEYS):
-            mine = key_ids[key_ids // UNIT_KEYS == unit]
-            for shard in np.unique(mine % self.shards):
-                ids, vectors = self._part(int(unit), int(shard))
-                wanted = mine[mine % self.shards == shard]
-                taken.append((wanted, vectors[np.searchsorted(ids, wanted)]))
-        if not taken:
-            return np.empty((0, self._part(0, 0)[1].shape[1]), self.dtype)
-        order = np.argsort(np.concatenate([ids for ids, _ in taken]))
-        return np.concatenate([vectors for _, vectors in taken])[order]
+        """Embeddings [n, d] of these keys, which are sorted. Raises ValueError as `of_shard`."""
+        units, starts = np.unique(key_ids // UNIT_KEYS, return_index=True)
+        if not len(units):
+            return np.empty((0, self._parts(0, [0])[0][1].shape[1]), self.dtype)
+        with ThreadPoolExecutor(READERS) as threads:
+            return np.concatenate(list(threads.map(self._taken, units.tolist(), np.split(key_ids, starts[1:]))))
 
-    def _part(self, unit: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """(key ids int64 [n], embeddings [n, d]) of a shard's keys in a unit: by memory map where the file is local."""
-        file = self.folder / _unit_file(unit)
+    def _taken(self, unit: int, key_ids: np.ndarray) -> np.ndarray:
+        """Embeddings [n, d] of these keys of a unit."""
+        shards, place = np.unique(key_ids % self.shards, return_inverse=True)
+        parts = self._parts(unit, shards.tolist())
+        taken = np.empty((len(key_ids), parts[0][1].shape[1]), self.dtype)
+        for number, (ids, vectors) in enumerate(parts):
+            taken[place == number] = vectors[np.searchsorted(ids, key_ids[place == number])]
+        return taken
+
+    def _parts(self, unit: int, shards: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(key ids int64 [n], embeddings [n, d]) of each shard's keys in a unit: by memory map where the file is
+        local."""
+        file, parts = self.folder / _unit_file(unit), []
         with pa.memory_map(file.path) if file.is_local else file.filesystem.open_input_file(file.path) as source:
-            batch = pa.ipc.open_file(source).get_batch(shard)
-        ids = batch["key_id"].to_numpy()
-        first, end = unit * UNIT_KEYS, unit * UNIT_KEYS + self.size(unit)
-        if not np.array_equal(ids, np.arange(first + (shard - first) % self.shards, end, self.shards)):
-            raise ValueError(f"{file}: has other keys than it must have: remove it, and run the same command again")
-        return ids, batch["embedding"].flatten().to_numpy().reshape(len(ids), batch["embedding"].type.list_size)
+            batches = pa.ipc.open_file(source)
+            for shard in shards:
+                batch = batches.get_batch(shard)
+                ids, vectors = batch["key_id"].to_numpy(), batch["embedding"]
+                first, end = unit * UNIT_KEYS, unit * UNIT_KEYS + self.size(unit)
+                if not np.array_equal(ids, np.arange(first + (shard - first) % self.shards, end, self.shards)):
+                    raise ValueError(
+                        f"{file}: has other keys than it must have: remove it, and run the same command again"
+                    )
+                parts.append((ids, vectors.flatten().to_numpy().reshape(len(ids), vectors.type.list_size)))
+        return parts
 
 
 def precision_of(folder: Folder) -> Precision | None:

@@ -6,15 +6,18 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as fs
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from helpers import MODEL, tiny_encoder
 
 from raexmc_ray import embed
@@ -238,6 +241,36 @@ def test_every_key_is_in_one_shard_of_one_unit(tmp_path: Path, keys: int, shards
     some = np.sort(np.random.default_rng(1).choice(keys, size=min(keys, 50), replace=False))
     assert np.array_equal(embeddings.take(some), vectors[some])
     assert embeddings.take(some[:0]).shape == (0, 6)
+
+
+class WaitingStore(fs.FSSpecHandler):
+    """Files that are opened only while as many others are: who opens one after the other waits for ever."""
+
+    def __init__(self, at_once: int) -> None:
+        super().__init__(LocalFileSystem())
+        self.opened: list[str] = []
+        self._together = threading.Barrier(at_once)
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        self.opened.append(path)
+        self._together.wait(timeout=10)
+        return super().open_input_file(path)
+
+
+def test_units_on_an_object_store_are_read_side_by_side_each_opened_once(tmp_path: Path) -> None:
+    keys, units = 7 * embed.UNIT_KEYS + 5, 8
+    local = Embeddings(Folder.at(tmp_path), keys, 3, "float32")
+    vectors = np.random.default_rng(0).normal(size=(keys, 4)).astype(np.float32)
+    for unit in local.missing():
+        first = unit * embed.UNIT_KEYS
+        local.write(unit, vectors[first : first + local.size(unit)])
+    store = WaitingStore(units)
+    remote = Embeddings(Folder(fs.PyFileSystem(store), str(tmp_path)), keys, 3, "float32")
+    some = np.arange(0, keys, 5)
+    assert np.array_equal(remote.take(some), vectors[some])
+    assert len(store.opened) == len(set(store.opened)) == units
+    assert np.array_equal(np.concatenate(list(remote.of_shard(1))), vectors[1::3])
+    assert len(store.opened) == 2 * units
 
 
 def test_a_unit_with_other_keys_is_refused(tmp_path: Path) -> None:

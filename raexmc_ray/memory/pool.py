@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -183,7 +184,9 @@ class ShardPool:
             ray.cancel(calls[shard])
         if late:
             raise ShardUnavailableError(f"shards {late} did not answer within {patience_s:g} s")
-        answers = []
+        with suppress(ray.exceptions.RayError):
+            return ray.get(calls)  # all at once: one by one, each costs a round trip to the object store
+        answers = []  # or which of them has none
         for shard, call in enumerate(calls):
             try:
                 answers.append(ray.get(call))
