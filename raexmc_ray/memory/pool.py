@@ -207,9 +207,8 @@ def open_in_actors(memory: Folder, snapshot: str | None = None, *, gpu: bool = F
     from raexmc_ray.local import Memory
 
     opened = open_snapshot(memory, snapshot)
-    encoder = use_hardware(
-        opened.encoder(), os.cpu_count() or 1
-    )  # before the actors, who would be left if it is refused
+    # Before the actors, which would be left behind if it is refused.
+    encoder = use_hardware(opened.encoder(), os.cpu_count() or 1)
     there = sum(node["Resources"].get("CPU", 0) for node in living_nodes())
     pool = ShardPool(memory, opened, cpus=min(SHARD_CPUS, there / (2 * opened.manifest.shards)), gpu=gpu)
     return Memory(opened, pool, encoder), pool
