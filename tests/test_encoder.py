@@ -15,7 +15,8 @@ from helpers import MODEL, tiny_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raexmc_ray.encoder import SETTINGS_FILE, TextEncoder, Tokens
+from raexmc_ray.encoder import SETTINGS_FILE, TextEncoder
+from raexmc_ray.tokens import Tokens
 from raexmc_ray.train.tokens import _tokenize_block, tokenize_on_cluster
 
 TEXTS = [

@@ -23,7 +23,7 @@ def serve(
         bool, typer.Option(help="Answer anyone who reaches the port, without a token.")
     ] = False,
     encoder_cpus: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the encoder; those of the machine, four at most, if left out.")
+        int | None, typer.Option(min=1, help="Threads of the encoder; as many as CPUs, four at most, if left out.")
     ] = None,
     encoder_precision: Annotated[
         Precision, typer.Option(help="auto: bfloat16 on GPUs, float32 on CPUs; bfloat16 encodes sooner there.")
@@ -31,7 +31,7 @@ def serve(
     shard_replicas: Annotated[int, typer.Option(min=1, help="Replicas of each shard.")] = 1,
 ) -> None:
     """Answer over HTTP until Ctrl-C, with a page to try it. On a cluster: `serve deploy serve_configs/cluster.yaml`."""
-    from raexmc_ray.cluster import connected
+    from raexmc_ray.cluster import connected, usable_cpus
     from raexmc_ray.serve.environment import ENVIRONMENT
     from raexmc_ray.serve.gate import REQUESTS
     from raexmc_ray.serve.run import serving
@@ -42,7 +42,7 @@ def serve(
             "memory": memory,
             "tokens_file": tokens_file,
             "anonymous_access": anonymous_access,
-            "encoder_cpus": encoder_cpus or min(4, os.cpu_count() or 1),
+            "encoder_cpus": encoder_cpus or min(4, usable_cpus()),
             "encoder_precision": encoder_precision,
             "shard_replicas": shard_replicas,
         }

@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raexmc_ray.cluster import living_nodes, refuse_unplaceable
+from raexmc_ray.cluster import living_nodes, refuse_unplaceable, usable_cpus
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.hits import Hits, search_all
 from raexmc_ray.memory.index import Lists, use_threads
@@ -208,7 +208,7 @@ def open_in_actors(memory: Folder, snapshot: str | None = None, *, gpu: bool = F
 
     opened = open_snapshot(memory, snapshot)
     # Before the actors, which would be left behind if it is refused.
-    encoder = use_hardware(opened.encoder(), os.cpu_count() or 1)
+    encoder = use_hardware(opened.encoder(), usable_cpus())
     there = sum(node["Resources"].get("CPU", 0) for node in living_nodes())
     pool = ShardPool(memory, opened, cpus=min(SHARD_CPUS, there / (2 * opened.manifest.shards)), gpu=gpu)
     return Memory(opened, pool, encoder), pool

@@ -22,9 +22,10 @@ import scipy.sparse as sp
 import torch
 from safetensors.numpy import load, save
 
-from raexmc_ray.encoder import TextEncoder, Tokens, bfloat16_is_native
+from raexmc_ray.encoder import TextEncoder, bfloat16_is_native
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Precision, Recipe
+from raexmc_ray.tokens import Tokens
 from raexmc_ray.train.checkpoint import Checkpoints
 from raexmc_ray.train.curves import Curves
 from raexmc_ray.train.gather import from_first, sum_over_ranks

@@ -15,9 +15,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from raexmc_ray.encoder import TextEncoder, Tokens
+from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.index import GPU_WIDTH
 from raexmc_ray.recipe import MiningSection
+from raexmc_ray.tokens import Tokens
 from raexmc_ray.train.gather import exchange, gather
 from raexmc_ray.train.sampler import Mined
 

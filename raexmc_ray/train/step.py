@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from raexmc_ray.encoder import Chunk, TextEncoder, Tokens
+from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.objective import Masks, PairMask, loss_and_gradients
 from raexmc_ray.recipe import TrainingSection
+from raexmc_ray.tokens import Chunk, Tokens
 from raexmc_ray.train.gather import gather, reduce_scatter, sum_over_ranks
 from raexmc_ray.train.meter import Meter
 from raexmc_ray.train.sampler import Batch, Pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +11,11 @@ import ray.data
 import tokenizers
 
 from raexmc_ray.embed import quiet_data
-from raexmc_ray.encoder import TextEncoder, Tokens, tokenize
 from raexmc_ray.progress import Progress
+from raexmc_ray.tokens import Tokens, tokenize
+
+if TYPE_CHECKING:
+    from raexmc_ray.encoder import TextEncoder  # a task that tokenises would load transformers with it
 
 BLOCK = 8192
 """Texts that one task tokenises."""

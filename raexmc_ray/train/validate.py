@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from raexmc_ray.encoder import TextEncoder, Tokens
+from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.hits import Hits, merge_hits
 from raexmc_ray.metrics import score_table
 from raexmc_ray.predict import BY_SIMILARITY, aggregate
 from raexmc_ray.ragged import longest, ragged_take
 from raexmc_ray.recipe import MOST_NEIGHBOURS, Neighbours, Recipe
+from raexmc_ray.tokens import Tokens
 from raexmc_ray.train.mining import Part, all_rows, embed_part, search
 
 DEPTH = 100

@@ -12,9 +12,10 @@ import ray.train.torch
 import scipy.sparse as sp
 import torch
 
-from raexmc_ray.encoder import TextEncoder, Tokens
+from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
+from raexmc_ray.tokens import Tokens
 from raexmc_ray.train.gather import sum_over_ranks
 from raexmc_ray.train.loop import Loop, NonFiniteLossError, TrainingData
 from raexmc_ray.train.validate import HeldOut
