@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import raexmc_ray
 from raexmc_ray.corpus import Corpus, read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
+from raexmc_ray.memory import write
 from raexmc_ray.memory.snapshot import FORMAT_VERSION, SnapshotError
 from raexmc_ray.memory.write import SnapshotPlan, build_memory, key_table, train, write_shard
 from raexmc_ray.recipe import MemorySection, PredictionSection
@@ -226,8 +228,37 @@ def test_building_again_leaves_a_published_snapshot_alone(tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "snapshots").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("when", ["while it embeds", "while it writes a shard", "while it writes what they share"])
+def test_a_build_that_another_one_outran_leaves_the_published_files_alone(
+    when: str, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a job is sent twice. The other one runs whole in the middle of this one."""
+    outran: dict[Path, int] = {}
+    where = {
+        "while it embeds": (TextEncoder, "encode"),
+        "while it writes a shard": (write, "build_index"),
+        "while it writes what they share": (write.pq, "write_table"),
+    }[when]
+    plain = getattr(*where)
+
+    def outrun(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(*where, plain)
+        if not outran:
+            name = build_memory(corpus, tiny_encoder(), tmp_path)
+            outran.update({path: path.stat().st_mtime_ns for path in (tmp_path / "snapshots" / name).rglob("*")})
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(*where, outrun)
+    build_memory(corpus, tiny_encoder(), tmp_path)
+    shards = {path: at for path, at in outran.items() if "segments" in path.parts}
+    assert shards
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    assert set(snapshot(tmp_path).rglob("*")) == set(outran)
+    raexmc_ray.open(tmp_path)
+
+
 def test_a_writer_that_is_late_leaves_a_published_shard_alone(
-    memory: Path, corpus: Corpus, encoder: TextEncoder
+    tmp_path: Path, memory: Path, corpus: Corpus, encoder: TextEncoder
 ) -> None:
     """As one does on a node that Ray has given up, whose work another node has done again."""
     table, settings = key_table(corpus), MemorySection(shards=2)
@@ -238,6 +269,8 @@ def test_a_writer_that_is_late_leaves_a_published_shard_alone(
     for path in files:
         path.unlink()
     (snapshot(memory) / SHARD).rmdir()
+    manifest = snapshot(memory) / "manifest.json"
+    unpublished = manifest.rename(tmp_path / "manifest.json")
     keys_ND = encoder.encode(table["text"].to_pylist())[1::2]
 
     def blocks() -> Iterator[np.ndarray]:
@@ -246,6 +279,7 @@ def test_a_writer_that_is_late_leaves_a_published_shard_alone(
         (snapshot(memory) / SHARD).mkdir()
         for path, content in published.items():
             path.write_bytes(content)
+        unpublished.rename(manifest)
         yield keys_ND[1:]
 
     mine = table.take(np.arange(1, len(table), 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from raexmc_ray.memory.write import (
     is_written,
     key_encoder,
     key_table,
+    publish_once,
     published_before,
     sample_keys,
     shards_before,
@@ -59,12 +61,15 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder, *, trained: bool = Tr
     embeddings = Embeddings(storage / "embeddings" / name, len(table), plan.shards, dtype.name)
     staged = stage(storage, tower) if tower.lexical else encoder
     embed_keys(table, staged, embeddings, recipe.encoder, recipe.cluster)
-    shared, shards = write_shards(plan, table, embeddings, cpus)
     record = recipe.record()
     if not trained:
         del record["training"]
-    finish_snapshot(plan, corpus, tower, shared, shards, recipe.prediction, record)
-    return plan.id
+
+    def make() -> None:
+        shared, shards = write_shards(plan, table, embeddings, cpus)
+        finish_snapshot(plan, corpus, tower, shared, shards, recipe.prediction, record)
+
+    return publish_once(plan, make)
 
 
 def write_shards(
@@ -78,7 +83,7 @@ def write_shards(
     trained = trained_before(plan)
     if trained is None:
         memory = _for_training(plan, cpus)["memory"]
-        trained = ray.get(_train.options(num_cpus=cpus, memory=memory).remote(plan, embeddings, threads))
+        trained = _result(_train.options(num_cpus=cpus, memory=memory).remote(plan, embeddings, threads))
     done = shards_before(plan)
     missing = [shard for shard in range(plan.shards) if shard not in done]
     if missing:
@@ -90,7 +95,7 @@ def write_shards(
         with Progress("build", plan.shards, "shards", done=len(done)) as progress:
             while pending:
                 (ready,), _ = ray.wait(list(pending), num_returns=1)
-                shard, entries = pending.pop(ready), ray.get(ready)
+                shard, entries = pending.pop(ready), _result(ready)
                 if not is_written(plan, entries):
                     raise ValueError(
                         f"{plan.folder}: shard {shard} was written by a node whose files are not seen here: set "
@@ -99,6 +104,14 @@ def write_shards(
                 done[shard] = entries
                 progress.add(1)
     return trained, done.values()
+
+
+def _result(task: Any) -> Any:
+    """What a task gives, or what it raised itself, without the lines of its process."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
 
 
 def _for_training(plan: SnapshotPlan, cpus: float) -> dict[str, float]:

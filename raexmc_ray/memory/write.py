@@ -30,6 +30,7 @@ from raexmc_ray.memory.snapshot import (
     TRAINED,
     Manifest,
     SnapshotError,
+    is_complete,
     list_snapshots,
     memory_id,
     open_snapshot,
@@ -125,6 +126,21 @@ def published_before(plan: SnapshotPlan, corpus: Corpus, encoder: TextEncoder, d
     return False
 
 
+def publish_once(plan: SnapshotPlan, make: Callable[[], None]) -> str:
+    """Have `make` write and publish the plan's snapshot, unless another build of it does so first; gives its id.
+
+    Several may run at a time, on machines that know nothing of each other: a job that was sent twice. What one has
+    published is what all of them want, and its files are never written again: readers have them mapped.
+    """
+    if not publish_again(plan.memory, plan.id):
+        try:
+            make()
+        except Exception:  # whatever the files were about that the other one took away, or made
+            if not publish_again(plan.memory, plan.id):
+                raise
+    return plan.id
+
+
 def sample_keys(plan: SnapshotPlan, keys: int) -> np.ndarray:
     """int64, sorted: ids of the keys that the index is trained on, the same ones each time."""
     size = min(plan.index.sample, keys)
@@ -150,8 +166,12 @@ def write_shard(
     """Write one shard's files; returns their manifest entries.
 
     table: from `key_table`, the keys with id ≡ shard (mod shards), in id order. blocks: gives their embeddings in
-    the same order, as `build_index` takes them. Raises FileExistsError where another process wrote it meanwhile.
+    the same order, as `build_index` takes them. What another build of the same snapshot has written to its end is left
+    as it is. Raises FileExistsError where one has published it, or writes this shard meanwhile.
     """
+    _refuse_published(plan)
+    if written := shard_before(plan, shard):
+        return written
     folder = plan.folder / f"segments/{SEGMENT}/shard-{shard:04d}"
     folder.remove()  # of a snapshot that lost its manifest: who has these files mapped keeps what is in them
     # Not in its place: a writer on a node that Ray has given up may go on when the snapshot is published and searched.
@@ -170,14 +190,17 @@ def write_shard(
 
 def shards_before(plan: SnapshotPlan) -> dict[int, dict[str, FileEntry]]:
     """{shard: its manifest entries} of the shards that a run that was stopped has written to their end."""
-    done = {}
-    for shard in range(plan.shards):
-        file = plan.work / f"shard-{shard:04d}.json"
-        if file.size() is not None:
-            entries = {name: FileEntry(**entry) for name, entry in json.loads(file.read()).items()}
-            if is_written(plan, entries):
-                done[shard] = entries
-    return done
+    done = {shard: shard_before(plan, shard) for shard in range(plan.shards)}
+    return {shard: entries for shard, entries in done.items() if entries}
+
+
+def shard_before(plan: SnapshotPlan, shard: int) -> dict[str, FileEntry] | None:
+    """The manifest entries of a shard that was written to its end."""
+    file = plan.work / f"shard-{shard:04d}.json"
+    if file.size() is None:
+        return None
+    entries = {name: FileEntry(**entry) for name, entry in json.loads(file.read()).items()}
+    return entries if is_written(plan, entries) else None
 
 
 def is_written(plan: SnapshotPlan, entries: dict[str, FileEntry]) -> bool:
@@ -194,7 +217,11 @@ def finish_snapshot(
     defaults: PredictionSection,
     recipe: dict[str, object] | None,
 ) -> None:
-    """Add what the shards share, the encoder and the labels to the shards' files, and publish the snapshot."""
+    """Add what the shards share, the encoder and the labels to the shards' files, and publish the snapshot.
+
+    Raises FileExistsError where another build has published it, ValueError where one takes shards away meanwhile.
+    """
+    _refuse_published(plan)
     with plan.folder.filling() as local:
         encoder.save(local / ENCODER)
         names = [LABELS, *(f"{ENCODER}/{path.name}" for path in sorted((local / ENCODER).iterdir()))]
@@ -207,6 +234,8 @@ def finish_snapshot(
         files = {name: describe_file(local / name) for name in names}
     for entries in shards:
         files |= entries
+    if not is_written(plan, files):
+        raise ValueError(f"{plan.folder}: another build of this snapshot writes into it: run again when it has ended")
     (plan.folder / f"segments/{SEGMENT}").remove_left()
     manifest = Manifest(
         id=plan.id,
@@ -224,6 +253,11 @@ def finish_snapshot(
     )
     publish(plan.memory, manifest)
     plan.work.remove()
+
+
+def _refuse_published(plan: SnapshotPlan) -> None:
+    if is_complete(plan.memory, plan.id):
+        raise FileExistsError(f"{plan.folder}: another build has published it meanwhile")
 
 
 def _one_block(keys_ND: np.ndarray) -> list[np.ndarray]:
@@ -249,10 +283,13 @@ def build_memory(
     if published_before(plan, corpus, encoder, defaults):  # readers have its files mapped: never written again
         return plan.id
     keys_ND = encoder.encode(table["text"].to_pylist())
-    trained = train(plan, keys_ND[sample_keys(plan, len(keys_ND))])
-    shards = []
-    for shard in range(plan.shards):
-        mine = np.arange(shard, len(table), plan.shards)
-        shards.append(write_shard(plan, shard, trained, table.take(mine), partial(_one_block, keys_ND[mine])))
-    finish_snapshot(plan, corpus, encoder, trained, shards, defaults, None)
-    return plan.id
+
+    def make() -> None:
+        trained = train(plan, keys_ND[sample_keys(plan, len(keys_ND))])
+        shards = []
+        for shard in range(plan.shards):
+            mine = np.arange(shard, len(table), plan.shards)
+            shards.append(write_shard(plan, shard, trained, table.take(mine), partial(_one_block, keys_ND[mine])))
+        finish_snapshot(plan, corpus, encoder, trained, shards, defaults, None)
+
+    return publish_once(plan, make)
