@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -154,6 +155,9 @@ JSON = {"content-type": "application/json"}
 
 
 def _settings(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
+    token = token and token.strip()  # as a file has it
+    if token and not re.fullmatch("[!-~]+", token):
+        raise ValueError("token: a bearer token has printable ASCII characters only, and no blanks")
     headers = {"authorization": f"Bearer {token}"} if token else {}
     # Callers bound their own concurrency; httpx's default of 100 connections would queue behind their backs.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)

@@ -115,6 +115,9 @@ def test_a_token_that_was_not_given_is_asked_for_again(guarded: str, browser: Br
     page = browser.new_context(viewport=DESKTOP).new_page()  # type: ignore[arg-type]
     page.goto(guarded)
     expect(page.get_by_label("Token", exact=True)).to_be_visible()
+    page.get_by_label("Token", exact=True).fill("\u201ccopied\u201d from a letter")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Token", exact=True)).to_be_visible()
     page.keyboard.press("Escape")
     page.get_by_label("Which labels fit this text?").fill(TEXT)
     page.get_by_label("Token", exact=True).fill(TOKEN)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from raexmc_ray.client import _body
+from raexmc_ray.client import Client, _body
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.guard import Tokens
 from raexmc_ray.serve.schema import PredictRequest, ServeSettings
@@ -110,6 +110,16 @@ def test_every_parameter_is_described_with_an_example() -> None:
     for parameter in parameters:
         assert parameter["description"], parameter["name"]
         assert parameter["schema"]["examples"], parameter["name"]
+
+
+def test_the_client_takes_a_token_as_a_file_has_it_and_shows_no_other() -> None:
+    with Client("http://127.0.0.1:9", token="secret\n") as client:
+        assert client._http.headers["authorization"] == "Bearer secret"
+    for token in ("two secrets", "secret\nof two lines", "s\u00e9cret"):
+        with pytest.raises(
+            ValueError, match=r"^token: a bearer token has printable ASCII characters only, and no blanks$"
+        ):
+            Client("http://127.0.0.1:9", token=token)
 
 
 def test_the_client_sends_what_the_model_takes() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -132,6 +133,15 @@ def test_a_cluster_that_serves_something_keeps_it(served: str, tiny_run: Recipe)
     with pytest.raises(ValueError, match="serves raexmc already"), serving(settings, port=free_port()):
         pytest.fail("it served")
     assert httpx.get(f"{served}/v1/ready", timeout=60).status_code == 200
+
+
+def test_a_port_on_which_another_one_serves_is_refused(tiny_run: Recipe) -> None:
+    settings = ServeSettings(memory=f"{tiny_run.cluster.storage}/memory")
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:  # as Serve's own
+        port = other.getsockname()[1]
+        refused = pytest.raises(ValueError, match=rf"port {port} of 127.0.0.1 cannot be had \(Address already in use\)")
+        with refused, serving(settings, port=port):
+            pytest.fail("it served")
 
 
 def test_memory_health_and_ready(served: str) -> None:

@@ -60,7 +60,7 @@ async def answer_of(response: DeploymentResponse[Any] | DeploymentResponseGenera
 
 async def call_again(make: Callable[[Call], Awaitable[R]], after_s: float | None, again: Callable[[], None]) -> R:
     """What the call gives, which is made a second time at most: at once where it was lost with its replica, and after
-    `after_s` seconds without an answer, if there is another replica to ask, while the first still waits. (A replica
+    `after_s` seconds without an answer, on another replica if there is one, while the first still waits. (A replica
     that hangs, or whose node is lost, raises nothing.) The first success counts, and ends the other call.
 
     make: makes the call, and passes on what it is given, by which AnotherReplicaRouter knows it again.

@@ -25,7 +25,7 @@ class IngressMetrics:
         self._shards = Histogram("raexmc_shard_search_seconds", "Time of a shard's search.", SECONDS, ("shard",))
         self._texts = Histogram("raexmc_batch_texts", "Texts of a batch.", [1, 2, 4, 8, 16, 32, 64, 128, 256])
         self._missing = Counter("raexmc_missing_shards", "Searches that a shard did not answer.", tag_keys=("shard",))
-        self._retries = Counter("raexmc_retries", "Calls made again on another replica.", tag_keys=("of",))
+        self._retries = Counter("raexmc_retries", "Calls made again, of another replica if any.", tag_keys=("of",))
         self._snapshot = Gauge("raexmc_snapshot", "1 for the snapshot in use.", tag_keys=("snapshot",))
 
     def request(self, path: str, status: int, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -34,8 +35,8 @@ logger = logging.getLogger("raexmc_ray")
 def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
     """Serve a memory over the connected cluster for as long as it is needed; gives the URL once it answers.
 
-    Raises FileNotFoundError, SnapshotError, DeploymentFailedError; ValueError for an open door, and where the cluster
-    serves something already, which would end with this.
+    Raises FileNotFoundError, SnapshotError, DeploymentFailedError; ValueError for an open door, for a port that is
+    taken, and where the cluster serves something already, which would end with this.
     """
     settings = _from_anywhere(settings)
     build_app(settings)  # what is wrong with the memory is said here, and not in a log of Serve's
@@ -43,6 +44,7 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
         _refuse_tokens_of_this_shell(settings)
     else:
         refuse_open_door(settings, Tokens(settings.tokens_file), host)
+        _refuse_taken(host, port)
     client = _client()
     if others := sorted(client.get_serve_details().get("applications", {})):
         raise ValueError(
@@ -58,8 +60,13 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
         "logging_config": {"enable_access_log": False},
     }
     http = {"host": host, "port": port}
-    client.deploy_applications({"proxy_location": "HeadOnly", "http_options": http, "applications": [application]})
     try:
+        try:
+            client.deploy_applications(
+                {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
+            )
+        except RuntimeError as error:  # what its REST API answers to what it cannot do
+            raise DeploymentFailedError(str(error)) from error
         _wait(client, APPLICATION)
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     finally:
@@ -74,6 +81,17 @@ def _from_anywhere(settings: ServeSettings) -> ServeSettings:
         "tokens_file": str(Path(file).absolute()) if file else None,
     }
     return settings.model_copy(update=whole)
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Raise ValueError where something listens on the port. Serve would share it with another Serve, and each of the
+    two would get some of the requests."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(
+            f"port {port} of {host} cannot be had ({error.strerror}): end what listens there, or choose another --port"
+        ) from None
 
 
 def _refuse_tokens_of_this_shell(settings: ServeSettings) -> None:
