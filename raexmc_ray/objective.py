@@ -157,8 +157,10 @@ def contrastive_loss(
 
 
 def _log_votes(to_instances_BN: torch.Tensor, votes_CN: torch.Tensor) -> torch.Tensor:
-    """[B, C]: log of the sum of e^similarity over the instances that have each label; about −87 below the largest
-    similarity where there is none."""
+    """[B, C]: log of the sum of e^similarity over the instances that have each label; a finite stand-in for −∞ where
+    there is none, or all of them are e⁻⁸⁷ of the nearest instance's."""
     highest_B1 = to_instances_BN.detach().amax(1, keepdim=True)
-    voted_CB = torch.sparse.mm(votes_CN, torch.exp(to_instances_BN - highest_B1).T)
-    return torch.log(voted_CB.T.clamp(min=torch.finfo(voted_CB.dtype).tiny)) + highest_B1
+    voted_BC = torch.sparse.mm(votes_CN, torch.exp(to_instances_BN - highest_B1).T).T
+    numbers = torch.finfo(voted_BC.dtype)
+    logs_BC = torch.log(voted_BC.clamp(min=numbers.tiny)) + highest_B1
+    return torch.where(voted_BC > numbers.tiny, logs_BC, numbers.min / 4)

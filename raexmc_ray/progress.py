@@ -52,6 +52,11 @@ class Progress:
         if time.monotonic() - self._logged > LOG_EVERY_S:
             self._log()
 
+    def begin_at(self, units: int) -> None:
+        """So many units were done before, by another process: they count as done, and not in the rate."""
+        self._bar.reset()
+        self._bar.n = self._bar.initial = self._bar.last_print_n = units
+
     def _log(self) -> None:
         self._logged = time.monotonic()
         if not self._terminal and not self.quiet:

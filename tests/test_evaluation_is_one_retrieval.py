@@ -23,7 +23,7 @@ from raexmc_ray.predict import aggregate
 from raexmc_ray.recipe import CorpusSection, MemorySection, Neighbours, PredictionSection, Recipe
 
 SETTINGS = PredictionSection(lambda_=0.4, temperature=0.08, neighbours=Neighbours(joint=60))
-SECTION = CorpusSection(path="")
+SECTION = CorpusSection(path="anywhere")
 
 
 @pytest.fixture(scope="module")

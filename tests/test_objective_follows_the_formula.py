@@ -100,6 +100,32 @@ def test_without_negatives_the_loss_is_zero_and_its_gradient_finite() -> None:
     assert torch.isfinite(q.grad).all()
 
 
+def test_a_label_far_from_its_instance_that_nobody_votes_for_is_learned_all_the_same() -> None:
+    """Its similarity is less than e⁻⁸⁷, float32's least, of the nearest instance's."""
+    q = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    z = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5]])
+    x = torch.tensor([[1.0, 0.0], [0.95, (1 - 0.95**2) ** 0.5]])
+    none = torch.zeros(1, 2, dtype=torch.bool)
+    losses = [
+        contrastive_loss(
+            q,
+            z,
+            x,
+            positive_BC=torch.ones(1, 1, dtype=torch.bool),
+            known_BC=torch.ones(1, 1, dtype=torch.bool),
+            shared_BN=none,
+            own_B=torch.zeros(1, dtype=torch.long),
+            temperature=0.005,
+            votes_CN=votes,
+        )
+        for votes in (None, torch.zeros(1, 2).to_sparse())
+    ]
+    assert losses[0].item() == pytest.approx(0.9 / 0.005)
+    assert losses[1].item() == losses[0].item()
+    gradients = [torch.autograd.grad(loss.sum(), q)[0] for loss in losses]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 6), st.booleans(), st.integers(1, 40))
 def test_in_blocks_it_is_the_same_loss_with_the_same_gradients(

@@ -27,7 +27,7 @@ from raexmc_ray.predict import aggregate
 from raexmc_ray.recipe import CorpusSection, Neighbours, PredictionSection, Recipe
 
 SETTINGS = PredictionSection(temperature=0.08, neighbours=Neighbours(joint=80))
-SECTION = CorpusSection(path="")
+SECTION = CorpusSection(path="anywhere")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from raexmc_ray.report.calibration import calibrate, probability
 from raexmc_ray.report.findings import Findings
 from raexmc_ray.report.sources import SourceCounts
 
-SECTION = CorpusSection(path="")
+SECTION = CorpusSection(path="anywhere")
 HOSTILE = "<script>alert('x')</script> & <img src=x onerror=alert(1)> \"quoted\""
 
 

@@ -260,8 +260,12 @@ def test_a_loss_that_is_not_finite_is_not_tried_again(tiny_run: Recipe, tmp_path
     command = [sys.executable, "-m", "raexmc_ray.cli", "train", "--recipe", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 1
-    assert "not finite in step 2" in done.stderr
-    assert "uids of the batch: [" in done.stderr
+    assert "not finite in step 2, for step 1 has broken the weights" in done.stderr
+    assert re.search(r"uids of the batch: \[.*\] and 12 more, all in .*broken-batch\.json$", done.stderr, re.MULTILINE)
+    (file,) = tmp_path.rglob("broken-batch.json")
+    uids = json.loads(file.read_text())
+    assert len(set(uids)) == 32
+    assert json.dumps(uids[:20]) in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob(SEAL)), "no checkpoint"
     (curves,) = tmp_path.rglob("curves.jsonl")
@@ -271,7 +275,11 @@ def test_a_loss_that_is_not_finite_is_not_tried_again(tiny_run: Recipe, tmp_path
 def test_a_folder_that_the_workers_do_not_see_is_said_before_the_first_step(
     tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raexmc_ray.train.trainer._leave_mark", lambda run: "left on another node")
+    def elsewhere(run: Folder) -> str:
+        (run / "encoders").remove()  # nor the encoder that they start from
+        return "left on another node"
+
+    monkeypatch.setattr("raexmc_ray.train.trainer._leave_mark", elsewhere)
     recipe = Recipe.parse(tiny_settings(Path(tiny_run.corpus.path), tmp_path / "run"))
     with pytest.raises(ValueError, match=r"2 of 2 workers do not see .*: set cluster\.storage to a folder that every"):
         train(recipe, read_corpus(recipe.corpus.path))

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import tiny_settings
+from conftest import ROOT, tiny_settings
 from helpers import MODEL
 
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.recipe import Recipe
-from raexmc_ray.train.plan import Plan, refuse, worker_bytes
+from raexmc_ray.train.plan import Plan, refuse, warn_of_idle, worker_bytes
 from raexmc_ray.train.trainer import train
 
 
@@ -38,6 +38,30 @@ def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path
     assert cached < plain / 3
     assert estimate("training.batch_size=4096", "cluster.workers=4", "cluster.cpus_per_worker=1") < plain
     assert estimate("training.batch_size=4096", "training.gradient_cache=true", "training.chunk_size=128") > cached
+
+
+@pytest.mark.parametrize(
+    ("batch", "cached", "mib"), [(256, True, 1440), (4096, True, 1502), (256, False, 1909), (1024, False, 3384)]
+)
+def test_the_estimate_of_memory_is_near_what_was_measured(batch: int, cached: bool, mib: int) -> None:
+    """By benchmarks/gradient_cache.py, in bfloat16."""
+    settings = [f"training.batch_size={batch}", f"training.gradient_cache={str(cached).lower()}", "cluster.workers=1"]
+    recipe = Recipe.load(ROOT / "jobs/recipes/debian_related.yaml", [*settings, "training.precision=bfloat16"])
+    encoder = TextEncoder.load(MODEL, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
+    assert worker_bytes(encoder, recipe) / 2**20 == pytest.approx(mib, rel=0.25)
+
+
+def test_settings_that_do_nothing_are_told(tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    overrides = ["training.mining.depth=7", "training.evaluation.holdout=0.2", "training.evaluation.metric=PSP@1"]
+    training = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), overrides).training
+    warn_of_idle(training)
+    assert caplog.messages == [
+        "training.mining.depth is 7, and does nothing: training.mining.labels is 0",
+        "training.evaluation.holdout is 0.2, and does nothing: training.evaluation.every is 0",
+        "training.evaluation.metric is PSP@1, and does nothing: training.evaluation.every is 0",
+    ]
+    warn_of_idle(training.model_copy(update={"evaluation": training.evaluation.model_copy(update={"every": 1})}))
+    assert len(caplog.messages) == 4
 
 
 @pytest.mark.ray

@@ -62,7 +62,7 @@ def plan(
     from raexmc_ray.memory.plan import plan_memory
 
     planned = plan_memory(
-        Recipe.parse({"corpus": {"path": ""}, "memory": {"index": index}}, source="--index").memory,
+        Recipe.parse({"corpus": {"path": "any"}, "memory": {"index": index}}, source="--index").memory,
         instances=instances,
         labels=labels,
         dimension=dimension,

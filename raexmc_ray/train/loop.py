@@ -49,6 +49,11 @@ LINES = 500
 TIMED_STEPS = 5
 """Steps, after the first, from which the time of the whole run is told."""
 
+BROKEN_BATCH = "broken-batch.json"
+"""In a run's folder: the uids of the batch whose loss is not finite."""
+UIDS_SAID = 20
+"""Of those, so many are told."""
+
 Report = Callable[[int, dict[str, float]], None]
 
 
@@ -122,6 +127,7 @@ class Loop:
         self.meter = Meter(encoder.device)
         self.state = State()
         self._losses: list[float] = []
+        self._rows_B: np.ndarray | None = None  # of the last step's batch
         self._ends: list[float] = []
         self._parts: tuple[int, Part, Part] | None = None
 
@@ -231,12 +237,16 @@ class Loop:
         loss = accumulate_gradients(self.encoder, prepared, self.settings, self.meter).item()
         with self.meter("optimizer"):
             if not (math.isfinite(loss) and math.isfinite(gradient_norm(self.encoder).item())):
-                said = f"the loss is {loss} or its gradient is not finite in step {self.state.step + 1}"
-                raise self._not_finite(said, prepared.batch.rows_B)
+                said, rows_B = f"the loss is {loss} or its gradient is not finite in step", prepared.batch.rows_B
+                said += f" {self.state.step + 1}"
+                if self._rows_B is not None and self._weights_are_broken():
+                    said, rows_B = f"{said}, for step {self.state.step} has broken the weights", self._rows_B
+                raise self._not_finite(said, rows_B)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.meter.count(len(prepared.batch.rows_B), prepared.tokens, prepared.cells)
         self._losses.append(loss)
+        self._rows_B = prepared.batch.rows_B
         self.state.step += 1
         return rate
 
@@ -304,13 +314,15 @@ class Loop:
     def _not_finite(self, said: str, rows_B: np.ndarray) -> NonFiniteLossError:
         self.checkpoints.wait()
         checkpoint = self.checkpoints.latest()
+        uids, file = self.data.uids.take(rows_B).to_pylist(), self.folder / BROKEN_BATCH
         if self.rank == 0:
             self.curves.write()  # what led there
+            file.write(json.dumps(uids).encode())
+        more = f" and {len(uids) - UIDS_SAID:,} more, all in {file}" if len(uids) > UIDS_SAID else ""
         return NonFiniteLossError(
-            f"{said}; training stopped and wrote nothing from it. Last good checkpoint: "
-            f"{checkpoint.folder if checkpoint else 'none yet'}. uids of the batch: "
-            f"{json.dumps(self.data.uids.take(rows_B).to_pylist())}. Look at their texts, or lower "
-            "training.learning_rate"
+            f"{said}; training stopped and wrote nothing from it: look at the texts of its batch, or lower "
+            f"training.learning_rate. Last good checkpoint: {checkpoint.folder if checkpoint else 'none yet'}. uids of "
+            f"the batch: {json.dumps(uids[:UIDS_SAID])}{more}"
         )
 
 

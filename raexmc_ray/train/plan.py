@@ -7,14 +7,18 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from raexmc_ray.cluster import refuse_unplaceable
-from raexmc_ray.encoder import TextEncoder
+from raexmc_ray.encoder import TextEncoder, bfloat16_is_native
 from raexmc_ray.files import Folder
 from raexmc_ray.objective import BLOCK_CELLS
-from raexmc_ray.recipe import MiningSection, Recipe
+from raexmc_ray.recipe import MiningSection, Recipe, TrainingSection
 
 ADAM_BYTES = 16
 """A weight in float32, its gradient, and the two moments of AdamW."""
+PROCESS_BYTES = 900 << 20
+"""Python, torch and Ray in a process, and what malloc keeps: counted where the worker's memory is the machine's."""
 logger = logging.getLogger("raexmc_ray")
 
 
@@ -59,7 +63,9 @@ def worker_bytes(encoder: TextEncoder, recipe: Recipe) -> int:
 
     Weights, gradients and moments; the activations of the chunks that are alive, by Korthikanti et al., Reducing
     Activation Recomputation in Large Transformer Models (2022): s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits, twice
-    that in 32; the embeddings of the whole batch with their gradients; the blocks of similarities.
+    that in 32; the embeddings of the whole batch with their gradients; the blocks of similarities; with more workers, a
+    second copy of the gradients, to sum them. On CPUs the process counts, too; what mining and evaluation embed does
+    not.
     """
     settings, config = recipe.training, cast(Any, encoder.model.config)
     hidden, layers, heads = encoder.width, int(config.num_hidden_layers), int(config.num_attention_heads)
@@ -67,9 +73,13 @@ def worker_bytes(encoder: TextEncoder, recipe: Recipe) -> int:
     texts = settings.batch_size * (1 + settings.positives_per_instance + settings.mining.labels)
     alive = settings.chunk_size if settings.gradient_cache else -(-texts // recipe.cluster.workers)
     tokens = encoder.max_tokens
-    width = 1 if settings.precision == "bfloat16" or (settings.precision == "auto" and recipe.cluster.gpu) else 2
+    gpu = recipe.cluster.gpu
+    native = gpu or bfloat16_is_native(torch.device("cpu"))
+    width = 1 if settings.precision == "bfloat16" or (settings.precision == "auto" and native) else 2
+    weight_bytes = ADAM_BYTES + 4 * (recipe.cluster.workers > 1)
+    process = 0 if gpu else PROCESS_BYTES
     activations = layers * tokens * alive * hidden * (34 + 5 * heads * tokens // hidden) * width
-    return weights * ADAM_BYTES + activations + texts * hidden * 4 * 4 + 12 * 4 * BLOCK_CELLS
+    return process + weights * weight_bytes + activations + texts * hidden * 4 * 4 + 12 * 4 * BLOCK_CELLS
 
 
 def idle_settings(mining: MiningSection) -> dict[str, str]:
@@ -82,12 +92,16 @@ def idle_settings(mining: MiningSection) -> dict[str, str]:
     return {name: why for name, (used, why) in needed.items() if not used}
 
 
-def warn_of_idle(mining: MiningSection) -> None:
+def warn_of_idle(training: TrainingSection) -> None:
     """Log which settings were changed that do nothing beside the others."""
-    for name, why in idle_settings(mining).items():
-        value = getattr(mining, name)
-        if value != MiningSection.model_fields[name].default:
-            logger.warning("training.mining.%s is %s, and does nothing: training.mining.%s", name, value, why)
+    evaluation = {} if training.evaluation.every else dict.fromkeys(("holdout", "metric"), "every is 0")
+    idle = {"mining": idle_settings(training.mining), "evaluation": evaluation}
+    for section, reasons in idle.items():
+        settings, place = getattr(training, section), f"training.{section}"
+        for name, why in reasons.items():
+            value = getattr(settings, name)
+            if value != type(settings).model_fields[name].default:
+                logger.warning("%s.%s is %s, and does nothing: %s.%s", place, name, value, place, why)
 
 
 def refuse(recipe: Recipe, labelled: int) -> None:

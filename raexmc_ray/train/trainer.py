@@ -55,7 +55,7 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
     target = encoder_folder(recipe, key)
     if (target / DONE).size() is not None:
         return target
-    warn_of_idle(recipe.training.mining)
+    warn_of_idle(recipe.training)
     refuse(recipe, count_trained(recipe, corpus))
     run = run_folder(recipe, key)
     with _alone(run):
@@ -128,9 +128,10 @@ def trained_encoder(recipe: Recipe, corpus: Corpus) -> Folder:
     """The folder of the encoder that `train` made for this recipe and corpus. Raises FileNotFoundError."""
     target = encoder_folder(recipe, run_key(recipe, corpus))
     if (target / DONE).size() is None:
+        chosen = "; where training evaluates, prediction and the propensities choose the encoder, and are part of that"
         raise FileNotFoundError(
-            f"no trained encoder for this recipe at {target}: run `raexmc train` with the same recipe, or name "
-            "any encoder with --encoder"
+            f"no trained encoder for this recipe at {target}: run `raexmc train` with the same recipe"
+            f"{chosen * bool(recipe.training.evaluation.every)}; or name any encoder with --encoder"
         )
     return target
 

@@ -170,7 +170,10 @@ class Watcher:
         fields = {"epoch": f"{figures['epoch']:.1f}", "loss": f"{figures['loss']:.3f}"}
         if self._metric in figures:
             fields[f"held-out {self._metric}"] = f"{figures[self._metric]:.1f}"
-        self._progress.add((step - (self._shown or 0)) * self._batch, **fields)
+        if self._shown is None:
+            self._shown = seen.begun_at or 0
+            self._progress.begin_at(self._shown * self._batch)
+        self._progress.add((step - self._shown) * self._batch, **fields)
         self._shown = step
 
     def _tell_starts(self, seen: Seen) -> None:

@@ -51,7 +51,8 @@ def would_come_again(error: Exception) -> Exception | None:
     Made anew, for it travels between processes, which not every error does.
     """
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    on_a_cpu = "can't allocate memory" in said  # which torch says by a plain RuntimeError
+    if on_a_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return ValueError(
             f"the training does not fit into a worker's memory ({said}): lower training.chunk_size, or set "
             "training.gradient_cache=true, or lower training.batch_size"
@@ -75,7 +76,6 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
-    encoder = make_encoder(recipe, device)
     reported = 0.0
 
     def report(step: int, figures: dict[str, float]) -> None:
@@ -92,6 +92,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
             error = ValueError(f"{said}: set cluster.storage to a folder that every node sees")
             ray.get(progress.stop.remote(error))
         return
+    encoder = make_encoder(recipe, device)
     data = unflatten(ray.get(config["data"]))
     loop = Loop(recipe, data, encoder, folder, report, rank, ranks)
     try:
