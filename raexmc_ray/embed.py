@@ -278,10 +278,11 @@ def _name(unit: pa.Table, row: int) -> str:
 
 
 def stage_encoder(storage: Folder, model: str, section: EncoderSection) -> Folder:
-    """Put any encoder (folder, hub name, `package:NAME`), cut as the section says, where every node sees it."""
+    """Put any encoder (folder, hub name, `package:NAME`) where every node sees it, cut as the section says; to as many
+    tokens as it was saved with where the section names none."""
     from raexmc_ray.encoder import TextEncoder
 
-    return stage(storage, TextEncoder.load(model, layers=section.layers, max_tokens=section.max_tokens))
+    return stage(storage, TextEncoder.load(model, layers=section.layers, max_tokens=section.max_tokens_given))
 
 
 def stage(storage: Folder, encoder: TextEncoder) -> Folder:

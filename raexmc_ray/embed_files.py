@@ -47,15 +47,15 @@ def embed_files(
     """Write the embedding of every input row under `output`, as inputs/job.py lays it out: parts have the columns
     (id: string, embedding: `dtype` [d]). Run again, it computes the parts that are missing.
 
-    inputs: what `find_inputs` takes. encoder: folder, hub name or `package:NAME`, cut as the section says. Raises
-    ValueError before the work begins where an input cannot be read or has not these columns, and where `output` is
-    another job's; it may lie among the inputs. A row that cannot be embedded stops nothing: it is written to rejected/
-    with its reason.
+    inputs: what `find_inputs` takes. encoder: folder, hub name or `package:NAME`, cut as the section says; to as many
+    tokens as it was saved with where the section names none. Raises ValueError before the work begins where an input
+    cannot be read or has not these columns, and where `output` is another job's; it may lie among the inputs. A row
+    that cannot be embedded stops nothing: it is written to rejected/ with its reason.
     """
     from raexmc_ray.encoder import TextEncoder
 
     files = find_files(inputs, output, EmbedJob)
-    tower = TextEncoder.load(encoder, layers=section.layers, max_tokens=section.max_tokens)
+    tower = TextEncoder.load(encoder, layers=section.layers, max_tokens=section.max_tokens_given)
     settings = {"encoder": tower.fingerprint, "dimension": tower.dimension, "dtype": dtype}
     task = Task(output, files, EmbedJob.over(files, columns, **settings))
 
@@ -73,16 +73,11 @@ class _FileEncoder(UnitWorker):
     VALUES_COME_AGAIN = False
 
     def __init__(self, task: Task, encoder: Folder, batch_size: int, threads: int, gpu: bool) -> None:
+        self._settings, self._batch_size = (encoder, task.parts, threads, gpu), batch_size
         super().__init__(task)
-        self._refused = ""  # for a call to say: Ray Data makes a trace of what is raised here
-        try:
-            self._encoder = keys_encoder(encoder, task.parts, threads, gpu)
-        except ValueError as error:
-            self._refused = str(error)
-        self._batch_size = batch_size
 
-    def __call__(self, units: pa.Table) -> dict[str, np.ndarray]:
-        return {"error": np.array([self._refused])} if self._refused else super().__call__(units)
+    def open(self) -> None:
+        self._encoder = keys_encoder(*self._settings)
 
     def part_of(self, rows: UnitRows) -> tuple[pa.Table, list[Rejected]]:
         job = self.task.job

@@ -86,6 +86,19 @@ def test_files_become_embeddings(ray_cluster: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+def test_a_trained_encoder_cuts_texts_as_it_was_saved(ray_cluster: str, tmp_path: Path) -> None:
+    TextEncoder.load(MODEL, layers=1, max_tokens=64).save(tmp_path / "trained")
+    text = " ".join(map(str, range(60)))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": text}) + "\n")
+    for section, tokens in ((EncoderSection(), 64), (EncoderSection(max_tokens=16), 16)):
+        output = Folder.at(tmp_path / f"out-{tokens}")
+        embed_files([str(tmp_path / "a.jsonl")], output, str(tmp_path / "trained"), section, ClusterSection(encoders=1))
+        (found,) = pq.read_table(str(output / "embeddings"))["embedding"].to_pylist()
+        expected = TextEncoder.load(MODEL, layers=1, max_tokens=tokens).encode([text])[0]
+        assert np.dot(found, expected) > 0.9999
+
+
+@pytest.mark.ray
 def test_half_of_the_bytes_are_written_where_they_do(ray_cluster: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("vim\nemacs\n")
     summary = run([tmp_path], tmp_path, dtype="float16")  # which lies among its inputs

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import units
 from raexmc_ray.inputs.find import Written, _expand, find_inputs, modified_ns
+from raexmc_ray.inputs.job import Job, Task, UnitWorker
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows, encode_rows
 from raexmc_ray.inputs.units import UNIT_ROWS, Unit, UnitReader, cut_files
 
@@ -439,3 +440,16 @@ def test_what_an_encoder_cannot_take_is_rejected_and_costs_no_other_row() -> Non
     works = False
     with pytest.raises(RuntimeError):  # nor is this
         encode_rows(rows, encode)
+
+
+class Unopened(UnitWorker):
+    def open(self) -> None:
+        raise ValueError("there is no GPU")
+
+    def part_of(self, rows: UnitRows) -> tuple[pa.Table, list[Rejected]]:
+        raise NotImplementedError
+
+
+def test_what_a_worker_cannot_begin_with_is_said_by_its_first_call(tmp_path: Path) -> None:
+    worker = Unopened(Task(Folder.at(tmp_path), [], Job.over([], Columns())))
+    assert worker(pa.table({}))["error"].tolist() == ["there is no GPU"]

@@ -6,12 +6,15 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.sparse as sp
+from helpers import corpus_of, tiny_encoder
 
 import raexmc_ray
 from raexmc_ray.files import Folder
@@ -55,6 +58,20 @@ def inputs(tmp_path: Path, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatc
     lines[16:18] = ['{"id": "x", "text": ""}', "{"]
     (folder / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     return folder
+
+
+@pytest.mark.ray
+def test_evidence_has_the_beginning_of_a_long_text(ray_cluster: str, tmp_path: Path) -> None:
+    corpus = corpus_of(sp.csr_matrix(np.eye(2, dtype=np.float32)))
+    texts = ["an instance " * 200, "another one"]
+    train = replace(corpus.train, texts=corpus.train.texts.set_column(1, "text", pa.array(texts)))
+    raexmc_ray.build(replace(corpus, train=train), tiny_encoder(), tmp_path / "memory")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": "an instance"}) + "\n")
+    run(tmp_path / "memory", [tmp_path / "a.jsonl"], tmp_path / "out", encoders=1, evidence=9)
+    (row,) = pq.read_table(tmp_path / "out/predictions").to_pylist()
+    said = {vote["uid"]: vote["text"] for votes in row["evidence"] for vote in votes}
+    assert said["x0"] == texts[0][:999] + "\u2026"
+    assert said["x1"] == texts[1]
 
 
 @pytest.mark.ray

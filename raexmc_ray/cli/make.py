@@ -56,7 +56,10 @@ def embed(
     text_column: Annotated[
         list[str] | None, typer.Option(help="Column with the text of a row; several are joined. [default: text]")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=3, help="Texts are cut to so many tokens.")] = 32,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=3, help="Texts are cut to so many tokens; if left out, as the encoder was saved, or 32."),
+    ] = None,
     half: Annotated[bool, typer.Option(help="Write float16, not float32.")] = False,
     encoders: Annotated[int, typer.Option(min=1, help="Encoder actors.")] = 2,
     gpu: Annotated[bool, typer.Option(help="Give each encoder actor a GPU.")] = False,
@@ -74,7 +77,7 @@ def embed(
             inputs,
             target,
             encoder,
-            EncoderSection(max_tokens=max_tokens),
+            EncoderSection(**({"max_tokens": max_tokens} if max_tokens else {})),
             ClusterSection(encoders=encoders, gpu=gpu),
             Columns(id_column, tuple(text_column or ["text"])),
             dtype="float16" if half else "float32",

@@ -155,7 +155,16 @@ class UnitWorker(ABC):
     """In the columns of a part, so that dictionaries of them save bytes."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self._of_thread = task, threading.local()
+        """What `open` raises is for a call to say: Ray Data makes a trace of what is raised here."""
+        self.task, self._of_thread, self._refused = task, threading.local(), ""
+        try:
+            self.open()
+        except (ValueError, OSError) as error:
+            self._refused = str(error)
+
+    @abstractmethod
+    def open(self) -> None:
+        """Make ready what `part_of` needs. Raises ValueError and OSError for what ends the job."""
 
     @abstractmethod
     def part_of(self, rows: UnitRows) -> tuple[pa.Table, list[Rejected]]:
@@ -164,6 +173,8 @@ class UnitWorker(ABC):
 
     def __call__(self, units: pa.Table) -> dict[str, np.ndarray]:
         """{"rows": [how many are done]} of units (their fields), or {"error": [what ends the job]}."""
+        if self._refused:
+            return {"error": np.array([self._refused])}
         try:
             rows = [self._do(Unit(**unit)) for unit in units.to_pylist()]
         except self.ENDS_THE_JOB as error:

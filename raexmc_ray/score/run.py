@@ -26,11 +26,14 @@ from raexmc_ray.inputs.job import Job, Summary, Task, UnitWorker, find_files, ru
 from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows, encode_rows
 from raexmc_ray.memory.index import use_threads
 from raexmc_ray.memory.pool import SHARD_CPUS, ShardPool, ShardUnavailableError
+from raexmc_ray.memory.shard import cut_texts
 from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.recipe import ClusterSection, Precision, PredictionSection
 from raexmc_ray.score.predictions import no_predictions, predictions_table
 
+EVIDENCE_CHARACTERS = 1000
+"""Of the text of a key that voted, as in a reply over HTTP: those of all votes of a unit are in memory together."""
 LEAST_CPUS = 0.01
 """What a shard actor reserves at least."""
 SHARD_PATIENCE_S = 1800.0
@@ -137,16 +140,18 @@ class _UnitScorer(UnitWorker):
     ENDS_THE_JOB = (*UnitWorker.ENDS_THE_JOB, ShardUnavailableError)
 
     def __init__(self, task: Task, memory: Folder, pool: ShardPool, labels: Any, threads: int, gpu: bool) -> None:
-        from raexmc_ray.encoder import use_hardware  # the driver does without torch
-
-        super().__init__(task)
         assert isinstance(task.job, ScoreJob)
-        self._job = task.job
-        use_threads(threads)
-        encoder = open_snapshot(memory, self._job.snapshot).encoder()
-        self._encoder = use_hardware(encoder, threads, self._job.precision, gpu=gpu)
+        self._job, self._memory, self._threads, self._gpu = task.job, memory, threads, gpu
         self._encoding = threading.Lock()
         self._pool, self._labels = pool, ray.get(labels)
+        super().__init__(task)
+
+    def open(self) -> None:
+        from raexmc_ray.encoder import use_hardware  # the driver does without torch
+
+        use_threads(self._threads)
+        encoder = open_snapshot(self._memory, self._job.snapshot).encoder()
+        self._encoder = use_hardware(encoder, self._threads, self._job.precision, gpu=self._gpu)
 
     def part_of(self, rows: UnitRows) -> tuple[pa.Table, list[Rejected]]:
         table, rejected = self._predict(rows)
@@ -164,5 +169,5 @@ class _UnitScorer(UnitWorker):
         found, votes = aggregate(hits, lambda_=lambda_, temperature=temperature, k=settings.k), None
         if evidence:
             voted = vote_evidence(hits, found, lambda_=lambda_, temperature=temperature, keys=evidence)
-            votes = voted, self._pool.key_rows(voted.key_ids)
+            votes = voted, cut_texts(self._pool.key_rows(voted.key_ids), EVIDENCE_CHARACTERS)
         return predictions_table(rows.ids, found, self._labels, votes), rows.rejected
