@@ -135,7 +135,8 @@ def test_a_cluster_that_serves_something_keeps_it(served: str, tiny_run: Recipe)
     assert httpx.get(f"{served}/v1/ready", timeout=60).status_code == 200
 
 
-def test_a_port_on_which_another_one_serves_is_refused(tiny_run: Recipe) -> None:
+def test_a_port_on_which_another_one_serves_is_refused(tiny_run: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # as for a cluster that is started here
     settings = ServeSettings(memory=f"{tiny_run.cluster.storage}/memory")
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:  # as Serve's own
         port = other.getsockname()[1]

@@ -23,6 +23,7 @@ from raexmc_ray.memory.index import Lists
 from raexmc_ray.memory.shard import join_keys
 from raexmc_ray.predict import Evidence, Predictions, aggregate, vote_evidence
 from raexmc_ray.recipe import Neighbours, PredictionSection
+from raexmc_ray.serve.absent import Absent
 from raexmc_ray.serve.again import Call, answer_of, call_again
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
@@ -60,7 +61,7 @@ class Ingress:
         self._shard_patience_s = settings.shard_timeout_s / 3 if settings.shard_replicas > 1 else None
         self._tokens = Tokens(settings.tokens_file)
         refuse_open_door(settings, self._tokens, _http_host())
-        self._metrics = IngressMetrics()
+        self._metrics, self._absent = IngressMetrics(), Absent()
         self._view: View | None = None
         self._probe: asyncio.Task[PredictReply] | None = None
         self._probed = 0.0
@@ -293,9 +294,11 @@ class Ingress:
 
         async def one(shard: int) -> tuple[int, R | None]:
             try:
-                return shard, await self._call(
-                    batch, f"shard {shard}", until, self._shard_patience_s, partial(ask, shard)
-                )
+                with self._absent.asking(shard) as at_most_s:
+                    end = until if at_most_s is None else min(until, time.perf_counter() + at_most_s)
+                    return shard, await self._call(
+                        batch, f"shard {shard}", end, self._shard_patience_s, partial(ask, shard)
+                    )
             except Exception as error:
                 self._metrics.missing(shard)
                 batch.missing(shard)

@@ -87,7 +87,9 @@ def _refuse_taken(host: str, port: int) -> None:
     """Raise ValueError where something listens on the port. Serve would share it with another Serve, and each of the
     two would get some of the requests."""
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was closed a moment ago is free
+            probe.bind((host, port))
     except OSError as error:
         raise ValueError(
             f"port {port} of {host} cannot be had ({error.strerror}): end what listens there, or choose another --port"
