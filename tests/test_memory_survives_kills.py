@@ -86,7 +86,7 @@ def undisturbed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> U
 
 def progress(storage: Path) -> int:
     """Units embedded and shards written so far: five units, then 24 shards."""
-    return len([*storage.rglob("unit-*"), *storage.glob("memory/building/*/shard-*.json")])
+    return len([*(storage / "embeddings").rglob("unit-*"), *storage.glob("memory/building/*/shard-*.json")])
 
 
 def test_a_killed_embedding_actor(undisturbed: Undisturbed, tmp_path: Path) -> None:

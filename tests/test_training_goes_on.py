@@ -260,7 +260,7 @@ def test_a_loss_that_is_not_finite_is_not_tried_again(tiny_run: Recipe, tmp_path
     command = [sys.executable, "-m", "raexmc_ray.cli", "train", "--recipe", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 1
-    assert "not finite in step 2, for step 1 has broken the weights" in done.stderr
+    assert "not finite in step 2" in done.stderr
     assert re.search(r"uids of the batch: \[.*\] and 12 more, all in .*broken-batch\.json$", done.stderr, re.MULTILINE)
     (file,) = tmp_path.rglob("broken-batch.json")
     uids = json.loads(file.read_text())

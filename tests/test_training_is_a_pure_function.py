@@ -179,10 +179,17 @@ def test_what_is_not_finite_ends_the_run(where: str, tiny_corpus: Path, tmp_path
     with pytest.raises(NonFiniteLossError) as error:
         loop.run()
     said = str(error.value)
-    assert "not finite in step 4" in said or "weights are not finite after step 4" in said
+    broken = {
+        "loss": "not finite in step 4, for step 3 has broken the weights",
+        "gradient": "not finite in step 4;",
+        "update": "weights are not finite after step 4;",
+    }
+    assert broken[where] in said
     kept = np.setdiff1d(np.arange(len(corpus.train)), corpus.held_out_places(0.2, seed=1))
-    uids = corpus.train.texts["uid"].take(kept[loop.sampler.rows(0, 3)]).to_pylist()
-    assert json.dumps(uids) in said, "what is in the batch, as the corpus names it"
+    uids = corpus.train.texts["uid"].take(kept[loop.sampler.rows(0, 2 if where == "loss" else 3)]).to_pylist()
+    said_uids = f"{json.dumps(uids[:20])} and 12 more, all in {tmp_path}/broken-batch.json"
+    assert said_uids in said, "as the corpus has them"
+    assert json.loads((tmp_path / "broken-batch.json").read_text()) == uids
     assert str(tmp_path / "checkpoints/step-00000002") in said, "the last good checkpoint"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"], "and no other"
 
