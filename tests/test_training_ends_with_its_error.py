@@ -47,6 +47,12 @@ def test_what_would_come_again_is_known(error: Exception, kind: type[Exception] 
         raise pickle.loads(pickle.dumps(found))
 
 
+def test_torch_out_of_memory_on_a_cpu_would_come_again() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "lower training.chunk_size" in str(would_come_again(error.value))
+
+
 def failing(error: Exception, rank: int, starts: Path) -> Callable[[dict[str, Any]], None]:
     """A `train_worker` that raises this in the worker of this rank while others wait for it, and counts its starts."""
 

@@ -261,11 +261,8 @@ def test_a_loss_that_is_not_finite_is_not_tried_again(tiny_run: Recipe, tmp_path
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 1
     assert "not finite in step 2" in done.stderr
-    assert re.search(r"uids of the batch: \[.*\] and 12 more, all in .*broken-batch\.json$", done.stderr, re.MULTILINE)
     (file,) = tmp_path.rglob("broken-batch.json")
-    uids = json.loads(file.read_text())
-    assert len(set(uids)) == 32
-    assert json.dumps(uids[:20]) in done.stderr
+    assert f"uids of the batch: {file.read_text()}" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob(SEAL)), "no checkpoint"
     (curves,) = tmp_path.rglob("curves.jsonl")

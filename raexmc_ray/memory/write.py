@@ -166,12 +166,10 @@ def write_shard(
     """Write one shard's files; returns their manifest entries.
 
     table: from `key_table`, the keys with id ≡ shard (mod shards), in id order. blocks: gives their embeddings in
-    the same order, as `build_index` takes them. What another build of the same snapshot has written to its end is left
-    as it is. Raises FileExistsError where one has published it, or writes this shard meanwhile.
+    the same order, as `build_index` takes them. Raises FileExistsError where another build has published the snapshot,
+    or another process wrote this shard meanwhile.
     """
     _refuse_published(plan)
-    if written := shard_before(plan, shard):
-        return written
     folder = plan.folder / f"segments/{SEGMENT}/shard-{shard:04d}"
     folder.remove()  # of a snapshot that lost its manifest: who has these files mapped keeps what is in them
     # Not in its place: a writer on a node that Ray has given up may go on when the snapshot is published and searched.
@@ -190,17 +188,14 @@ def write_shard(
 
 def shards_before(plan: SnapshotPlan) -> dict[int, dict[str, FileEntry]]:
     """{shard: its manifest entries} of the shards that a run that was stopped has written to their end."""
-    done = {shard: shard_before(plan, shard) for shard in range(plan.shards)}
-    return {shard: entries for shard, entries in done.items() if entries}
-
-
-def shard_before(plan: SnapshotPlan, shard: int) -> dict[str, FileEntry] | None:
-    """The manifest entries of a shard that was written to its end."""
-    file = plan.work / f"shard-{shard:04d}.json"
-    if file.size() is None:
-        return None
-    entries = {name: FileEntry(**entry) for name, entry in json.loads(file.read()).items()}
-    return entries if is_written(plan, entries) else None
+    done = {}
+    for shard in range(plan.shards):
+        file = plan.work / f"shard-{shard:04d}.json"
+        if file.size() is not None:
+            entries = {name: FileEntry(**entry) for name, entry in json.loads(file.read()).items()}
+            if is_written(plan, entries):
+                done[shard] = entries
+    return done
 
 
 def is_written(plan: SnapshotPlan, entries: dict[str, FileEntry]) -> bool:

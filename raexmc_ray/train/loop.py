@@ -48,11 +48,10 @@ LINES = 500
 """Lines of the curves in a whole run, evaluations aside."""
 TIMED_STEPS = 5
 """Steps, after the first, from which the time of the whole run is told."""
-
 BROKEN_BATCH = "broken-batch.json"
 """In a run's folder: the uids of the batch whose loss is not finite."""
-UIDS_SAID = 20
-"""Of those, so many are told."""
+UIDS_SAID = 256
+"""Of those, so many are told in the error, too: all of a batch of the default's size."""
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -237,11 +236,11 @@ class Loop:
         loss = accumulate_gradients(self.encoder, prepared, self.settings, self.meter).item()
         with self.meter("optimizer"):
             if not (math.isfinite(loss) and math.isfinite(gradient_norm(self.encoder).item())):
-                said, rows_B = f"the loss is {loss} or its gradient is not finite in step", prepared.batch.rows_B
-                said += f" {self.state.step + 1}"
+                said = f"the loss is {loss} or its gradient is not finite in step {self.state.step + 1}"
                 if self._rows_B is not None and self._weights_are_broken():
-                    said, rows_B = f"{said}, for step {self.state.step} has broken the weights", self._rows_B
-                raise self._not_finite(said, rows_B)
+                    said += f", for step {self.state.step} has broken the weights"
+                    raise self._not_finite(said, self._rows_B)
+                raise self._not_finite(said, prepared.batch.rows_B)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.meter.count(len(prepared.batch.rows_B), prepared.tokens, prepared.cells)
