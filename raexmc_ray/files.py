@@ -98,15 +98,26 @@ class Folder:
         handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=parent)
         try:
             with os.fdopen(handle, "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # for `remove_half_written`
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, self.path)
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, self.path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
         sync(Path(parent))
+
+    def copy_from(self, source: Folder) -> None:
+        """Put what the file at `source` has at this path of an object store, in pieces, which come through this
+        process: an object shows only when it is whole."""
+        with (
+            source.filesystem.open_input_stream(source.path) as read,
+            self.filesystem.open_output_stream(self.path) as written,
+        ):
+            while chunk := read.read(CHUNK_BYTES):
+                written.write(chunk)
 
     def upload(self, local: Path) -> None:
         """Copy the files of a local folder to this path."""
@@ -157,6 +168,13 @@ class Folder:
         for name in self.names():
             if name.startswith("."):
                 (self / name).remove()
+
+    def remove_half_written(self, prefix: str) -> None:
+        """Remove from this folder what `write` left there, of names that begin with `prefix`, where its process was
+        killed; not what another process is writing now."""
+        for name in self.names():
+            if name.startswith(f".{prefix}"):
+                _remove_unless_held(Path(self.path) / name)  # an object store has none
 
     def remove(self) -> None:
         """Remove this folder with all that is in it; nothing where there is none."""
@@ -211,12 +229,15 @@ class Scratch:
         self._end()
 
 
-def _remove_unless_held(folder: Path) -> None:
+def _remove_unless_held(path: Path) -> None:
     with contextlib.suppress(OSError):  # it is held, another user's, or gone by now
-        lock = os.open(folder, os.O_RDONLY)
+        lock = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
         finally:
             os.close(lock)
 

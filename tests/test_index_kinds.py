@@ -164,8 +164,14 @@ def test_a_factory_string_finds_instances_and_labels_apart(tmp_path: Path, strin
         assert np.mean([np.isin(got, want).mean() for got, want in zip(found, best, strict=True)]) > 0.8
 
 
-@pytest.mark.parametrize("string", ["PQ8x4", "PCA32,PQ8x4fs", "PQ8x4fs,RFlat"])
-def test_one_that_cannot_is_refused_before_a_shard_is_built(tmp_path: Path, string: str) -> None:
+@pytest.mark.parametrize("string", ["PQ8x4", "PCA32,PQ8x4fs", "PQ8x4fs,RFlat", "IVF16,RQ4x4", "NSG16,Flat"])
+def test_one_that_cannot_is_refused_before_a_text_is_embedded(string: str) -> None:
+    with pytest.raises(ValueError, match=rf"memory\.index is 'factory:{string}': FAISS cannot search .* IVF"):
+        IndexSpec.of(MemorySection(index=f"factory:{string}"), 700, 64)
+
+
+@pytest.mark.parametrize("string", ["RaBitQfs", "IDMap2,IVF16,Flat"])
+def test_what_only_a_trained_index_tells_is_refused_before_a_shard_is_built(tmp_path: Path, string: str) -> None:
     keys = unit_rows(np.random.default_rng(0), 700, 64)
     with pytest.raises(ValueError, match=rf"memory\.index is 'factory:{string}': FAISS cannot search .* IVF"):
         memory_of(keys, 400, 2, MemorySection(index=f"factory:{string}"), tmp_path)

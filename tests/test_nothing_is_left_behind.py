@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import ROOT, free_port, tiny_settings
 
-from raexmc_ray.files import Scratch
+from raexmc_ray.files import Folder, Scratch
 
 STUBBORN = """
 import os, signal, sys, time
@@ -39,6 +39,20 @@ with Scratch() as folder:
     Path(sys.argv[1] + ".").write_text(str(folder))
     Path(sys.argv[1] + ".").rename(sys.argv[1])
     time.sleep(600)
+"""
+
+WRITE = """
+import os, sys, time
+from pathlib import Path
+from raexmc_ray.files import Folder
+wait = os.fsync
+def fsync(file):
+    Path(sys.argv[2] + ".here").touch()
+    while not Path(sys.argv[2] + ".go").exists():
+        time.sleep(0.01)
+    wait(file)
+os.fsync = fsync
+(Folder.at(sys.argv[1]) / sys.argv[2]).write(b"whole")
 """
 
 BESIDE = """
@@ -121,6 +135,29 @@ def test_what_a_killed_process_copied_is_removed_by_the_next(tmp_path: Path, mon
 
 
 @pytest.mark.faults
+def test_half_a_file_is_removed_of_who_was_killed_only(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    command = [sys.executable, "-c", WRITE, str(folder)]
+    writers = {name: subprocess.Popen([*command, name], cwd=tmp_path) for name in ("part-0", "part-1", "other")}
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("*.here"))) < len(writers):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for name in ("part-1", "other"):
+            writers[name].kill()
+            writers[name].wait()
+        Folder.at(folder).remove_half_written("part-")
+        assert sorted(path.name[:7] for path in folder.iterdir()) == [".other.", ".part-0"]
+        (tmp_path / "part-0.go").touch()
+        assert writers["part-0"].wait(60) == 0
+        assert (folder / "part-0").read_bytes() == b"whole"
+    finally:
+        for writer in writers.values():
+            writer.kill()
+            writer.wait()
+
+
 def test_a_stubborn_child_and_its_orphan_are_ended(tmp_path: Path) -> None:
     script = SUPERVISE.format(command=[sys.executable, "-c", STUBBORN, str(tmp_path / "pid")])
     supervisor = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)

@@ -22,6 +22,7 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.embed import stage_encoder
 from raexmc_ray.embed_files import embed_files
 from raexmc_ray.files import Folder
+from raexmc_ray.memory import defaults
 from raexmc_ray.memory.build import build
 from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.pool import open_in_actors
@@ -54,7 +55,9 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf-pq"])
-def test_a_memory_on_s3_answers_as_one_on_disk(bucket: str, tmp_path: Path, kind: str) -> None:
+def test_a_memory_on_s3_answers_as_one_on_disk(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     corpus = corpus_of(random_relevance(np.random.default_rng(0), 30, 7))
     section = MemorySection(shards=3, index=kind)
     url = bucket.format(f"in-process/{kind}")
@@ -67,6 +70,11 @@ def test_a_memory_on_s3_answers_as_one_on_disk(bucket: str, tmp_path: Path, kind
     tuned = with_defaults(memory, raexmc_ray.open(url).snapshot, corpus.fingerprint, PredictionSection(k=1))
     assert [len(labels) for labels in raexmc_ray.open(url).predict(texts)] == [1, 1]
     assert sorted([tuned, snapshot]) == list_snapshots(memory)
+    publish_current(memory, snapshot)
+
+    monkeypatch.setattr(defaults, "STORE_COPIES_BYTES", 1000)  # larger files than these the store does not copy
+    with_defaults(memory, raexmc_ray.open(url).snapshot, corpus.fingerprint, PredictionSection(k=2))
+    assert [len(labels) for labels in raexmc_ray.open(url).predict(texts)] == [2, 2]  # every byte was checked
     publish_current(memory, snapshot)
     assert "secret" not in f"{memory} {raexmc_ray.open(url).snapshot.folder}"
 

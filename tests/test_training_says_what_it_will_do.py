@@ -29,8 +29,9 @@ def test_the_plan_has_every_number(tiny_corpus: Path, tmp_path: Path) -> None:
 def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path: Path) -> None:
     encoder = TextEncoder.load(MODEL, layers=2)
 
-    def estimate(*overrides: str) -> int:
-        return worker_bytes(encoder, Recipe.parse(tiny_settings(tiny_corpus, tmp_path), list(overrides)))
+    def estimate(*overrides: str, keys: int = 1000) -> int:
+        recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), list(overrides))
+        return worker_bytes(encoder, recipe, instances=keys, labels=keys // 2)
 
     plain, cached = estimate("training.batch_size=4096"), estimate(
         "training.batch_size=4096", "training.gradient_cache=true"
@@ -38,6 +39,13 @@ def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path
     assert cached < plain / 3
     assert estimate("training.batch_size=4096", "cluster.workers=4", "cluster.cpus_per_worker=1") < plain
     assert estimate("training.batch_size=4096", "training.gradient_cache=true", "training.chunk_size=128") > cached
+
+    millions, mined = 10_000_000, ("training.mining.batches=neighbours", "training.mining.group=2")
+    assert estimate(keys=millions) == estimate()
+    embedded = millions / 2 * encoder.width * 4  # by each of two workers, of the instances
+    assert 2 * embedded < estimate(*mined, keys=millions) < 4 * embedded
+    assert estimate(*mined, keys=millions) < estimate("training.evaluation.every=1", *mined, keys=millions)
+    assert estimate(*mined, keys=millions) > estimate(*mined, "cluster.workers=4", keys=millions)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +56,7 @@ def test_the_estimate_of_memory_is_near_what_was_measured(batch: int, cached: bo
     settings = [f"training.batch_size={batch}", f"training.gradient_cache={str(cached).lower()}", "cluster.workers=1"]
     recipe = Recipe.load(ROOT / "jobs/recipes/debian_related.yaml", [*settings, "training.precision=bfloat16"])
     encoder = TextEncoder.load(MODEL, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
-    assert worker_bytes(encoder, recipe) / 2**20 == pytest.approx(mib, rel=0.25)
+    assert worker_bytes(encoder, recipe, instances=23_000, labels=7_000) / 2**20 == pytest.approx(mib, rel=0.25)
 
 
 def test_settings_that_do_nothing_are_told(tiny_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

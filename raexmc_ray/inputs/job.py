@@ -297,7 +297,8 @@ def summarise(task: Task, cut: Sequence[CutFile], done: int, seconds: float) -> 
     missing = missing_units(task, cut)
     if len(missing):
         raise ValueError(f"{output}: {len(missing)} parts were removed while the job ran: run the same command again")
-    _sweep(task)
+    for folder in (task.parts, output / REJECTED):
+        folder.remove_half_written("part-")
     reasons = _count_reasons(output)
     rows = sum(part.rows for part in cut)
     summary = Summary(
@@ -324,14 +325,6 @@ def _count_reasons(output: Folder) -> Counter[str]:
                 reasons.update(part["reason"].to_pylist())
                 progress.add(1)
     return reasons
-
-
-def _sweep(task: Task) -> None:
-    """Remove what processes that were killed had begun to write; whatever else is hidden there is not ours."""
-    for folder in (task.parts, task.output / REJECTED):
-        for name in folder.names():
-            if name.startswith(".part-"):
-                (folder / name).remove_file()
 
 
 def _write(file: Folder, table: pa.Table, dictionaries: bool = True) -> None:

@@ -8,17 +8,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raexmc_ray.files import Folder, sync
+from raexmc_ray.files import FileEntry, Folder, sync
 from raexmc_ray.memory.snapshot import Snapshot, check_file, memory_id, publish, publish_again
 from raexmc_ray.recipe import PredictionSection
+
+STORE_COPIES_BYTES = 5 << 30
+"""The largest object that S3 copies by itself in one request."""
 
 
 def with_defaults(memory: Folder, snapshot: Snapshot, corpus_fingerprint: str, defaults: PredictionSection) -> str:
     """Publish `snapshot` of a memory with other defaults as the current one; returns the new snapshot's id.
 
-    Files are hard links on a local disk (copies where it knows none), and copied by the store itself on an object
-    store, one by one and whole; the manifest is written after them, and CURRENT last: until then nothing has changed,
-    and run again it goes on. The id is what `raexmc build` gives for the same corpus, encoder, index and settings.
+    Files are hard links on a local disk (copies where it knows none). An object store copies them itself; those larger
+    than it copies come through this process. They are put there one by one and whole, the manifest after them, and
+    CURRENT last: until then nothing has changed, and run again it goes on. The id is what `raexmc build` gives for the
+    same corpus, encoder, index and settings.
     """
     manifest = snapshot.manifest
     name = memory_id(corpus_fingerprint, manifest.encoder_fingerprint, manifest.shards, manifest.index, defaults)
@@ -27,7 +31,7 @@ def with_defaults(memory: Folder, snapshot: Snapshot, corpus_fingerprint: str, d
     target = memory / "snapshots" / name
     for path, entry in manifest.files.items():
         check_file(snapshot.folder / path, entry, verify=False)
-        _share(snapshot.folder / path, target / path)
+        _share(snapshot.folder / path, target / path, entry)
         check_file(target / path, entry, verify=False)
     recipe: dict[str, Any] | None = manifest.recipe
     if recipe is not None:
@@ -39,10 +43,13 @@ def with_defaults(memory: Folder, snapshot: Snapshot, corpus_fingerprint: str, d
     return name
 
 
-def _share(source: Folder, target: Folder) -> None:
-    """Put the file at `source` at `target`, too, in one atomic step."""
+def _share(source: Folder, target: Folder, entry: FileEntry) -> None:
+    """Put the file at `source`, which is `entry`, at `target`, too, in one atomic step."""
     if not source.is_local:
-        source.filesystem.copy_file(source.path, target.path)  # the store's own copy: no byte passes through here
+        if entry.size <= STORE_COPIES_BYTES:
+            source.filesystem.copy_file(source.path, target.path)  # no byte passes through here
+        else:
+            target.copy_from(source)
         return
     path = Path(target.path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,14 @@ SAMPLE_PER_LIST, SAMPLE_LEAST = 64, 16384
 KMEANS_ROUNDS = 10
 GRAPH_LINKS = 32
 """Links of a key in an hnsw graph (M)."""
+SEARCHED_WHOLE = (
+    faiss.IndexPQ,
+    faiss.IndexFastScan,
+    faiss.IndexAdditiveQuantizer,
+    faiss.IndexIVFAdditiveQuantizer,
+    faiss.IndexNSG,
+)
+"""Indexes of a factory string that FAISS cannot search for some of their keys only: known before they are trained."""
 
 
 class IndexSpec(BaseModel):
@@ -54,8 +62,8 @@ class IndexSpec(BaseModel):
     @classmethod
     def of(cls, section: MemorySection, keys: int, dimension: int) -> Self:
         """What a recipe's section asks for, at this number of keys: about 2√keys lists unless they are given, and
-        1 in 32 of them probed, but 32 at least. Raises ValueError for a factory string that FAISS does not know, and
-        for probes where it has no inverted lists."""
+        1 in 32 of them probed, but 32 at least. Raises ValueError for a factory string that FAISS does not know or
+        cannot search for some keys only, and for probes where it has no inverted lists."""
         kind = section.index
 
         def probes(lists: int) -> int:
@@ -67,6 +75,8 @@ class IndexSpec(BaseModel):
             return cls(kind=kind, dimension=dimension, lists=lists, probes=probes(lists))
         if kind.startswith(FACTORY):
             index = _from_factory(kind, dimension)
+            if isinstance(_innermost(index), SEARCHED_WHOLE):
+                raise ValueError(_cannot_select(kind, "its search takes no selector"))
             inverted = _faiss.try_extract_index_ivf(index)  # a part of `index`
             if inverted is None and section.probes:
                 raise ValueError(f"memory.probes is {section.probes}, and {kind} has no inverted lists: leave it out")
@@ -129,14 +139,27 @@ def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
 
 
 def _refuse_without_ranges(index: Any, kind: str) -> None:
-    """Raise ValueError where FAISS cannot search some keys of an index alone; it must be trained to find out."""
+    """Raise ValueError where FAISS cannot search some keys of an index alone; but for the classes in SEARCHED_WHOLE it
+    must be trained to find out."""
     try:
         index.search(np.eye(1, index.d, dtype=np.float32), 1, params=selecting(index, {"sel": faiss.IDSelectorAll()}))
     except RuntimeError as error:
-        raise ValueError(
-            f"memory.index is {kind!r}: FAISS cannot search it for instances or labels alone ({_reason(error)}): "
-            "take one of IVF…, Flat, SQ… or HNSW…, alone or with OPQ…, PCA… or RFlat around it"
-        ) from None
+        raise ValueError(_cannot_select(kind, _reason(error))) from None
+
+
+def _cannot_select(kind: str, reason: str) -> str:
+    return (
+        f"memory.index is {kind!r}: FAISS cannot search it for instances or labels alone ({reason}): "
+        "take one of IVF…, Flat, SQ… or HNSW…, alone or with OPQ…, PCA… or RFlat around it"
+    )
+
+
+def _innermost(index: Any) -> Any:
+    """What a factory string's other parts (OPQ…, PCA…, RFlat …) are put around."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        return _innermost(index.base_index)
+    return _innermost(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
 def _from_factory(kind: str, dimension: int) -> Any:

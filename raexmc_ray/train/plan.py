@@ -14,6 +14,7 @@ from raexmc_ray.encoder import TextEncoder, bfloat16_is_native
 from raexmc_ray.files import Folder
 from raexmc_ray.objective import BLOCK_CELLS
 from raexmc_ray.recipe import MiningSection, Recipe, TrainingSection
+from raexmc_ray.train.mining import NEIGHBOURS_PER_GROUP_MEMBER
 
 ADAM_BYTES = 16
 """A weight in float32, its gradient, and the two moments of AdamW."""
@@ -58,14 +59,14 @@ class Plan:
         )
 
 
-def worker_bytes(encoder: TextEncoder, recipe: Recipe) -> int:
-    """An estimate of what training takes in a worker's memory (its GPU's, where it has one), in bytes.
+def worker_bytes(encoder: TextEncoder, recipe: Recipe, instances: int, labels: int) -> int:
+    """An estimate of what training on so many takes in a worker's memory (its GPU's, where it has one), in bytes.
 
     Weights, gradients and moments; the activations of the chunks that are alive, by Korthikanti et al., Reducing
     Activation Recomputation in Large Transformer Models (2022): s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits, twice
     that in 32; the embeddings of the whole batch with their gradients; the blocks of similarities; with more workers, a
-    second copy of the gradients, to sum them. On CPUs the process counts, too; what mining and evaluation embed does
-    not.
+    second copy of the gradients, to sum them. Or, in the place of what a batch takes, `embedded_bytes`, where that is
+    more. On CPUs the process counts, too.
     """
     settings, config = recipe.training, cast(Any, encoder.model.config)
     hidden, layers, heads = encoder.width, int(config.num_hidden_layers), int(config.num_attention_heads)
@@ -79,7 +80,21 @@ def worker_bytes(encoder: TextEncoder, recipe: Recipe) -> int:
     weight_bytes = ADAM_BYTES + 4 * (recipe.cluster.workers > 1)
     process = 0 if gpu else PROCESS_BYTES
     activations = layers * tokens * alive * hidden * (34 + 5 * heads * tokens // hidden) * width
-    return process + weights * weight_bytes + activations + texts * hidden * 4 * 4 + 12 * 4 * BLOCK_CELLS
+    batch = activations + texts * hidden * 4 * 4 + 12 * 4 * BLOCK_CELLS
+    return process + weights * weight_bytes + max(batch, embedded_bytes(recipe, hidden, instances, labels))
+
+
+def embedded_bytes(recipe: Recipe, width: int, instances: int, labels: int) -> int:
+    """What a worker holds while it mines or evaluates: the embeddings of its part of the keys and an index of them, and
+    of all instances the rows that mining found, once more while they are gathered."""
+    mining, evaluates = recipe.training.mining, recipe.training.evaluation.every > 0
+    if not (mining.on or evaluates):
+        return 0
+    keys = instances + labels * (evaluates or mining.labels > 0)
+    found = mining.depth * (mining.labels > 0)
+    if mining.batches == "neighbours":
+        found += 1 + NEIGHBOURS_PER_GROUP_MEMBER * mining.group
+    return 2 * (-(-keys // recipe.cluster.workers) * width * 4 + instances * found * 4)
 
 
 def idle_settings(mining: MiningSection) -> dict[str, str]:

@@ -69,7 +69,7 @@ def train(recipe: Recipe, corpus: Corpus) -> Folder:
 def _trained(recipe: Recipe, corpus: Corpus, run: Folder) -> tuple[Checkpoint, Checkpoint]:
     """(the best checkpoint, the last one) of a run that is finished now."""
     encoder = TextEncoder.load(recipe.encoder.model, layers=recipe.encoder.layers, max_tokens=recipe.encoder.max_tokens)
-    plan = _plan(recipe, count_trained(recipe, corpus), encoder)
+    plan = _plan(recipe, count_trained(recipe, corpus), len(corpus.labels), encoder)
     logger.info("%s", plan)  # first: to tokenise millions of texts takes minutes
     data = training_data(recipe, corpus, encoder)
     # By its name a worker might find nothing, as it works in another folder, or another node's own model.
@@ -184,13 +184,13 @@ def _held_out_seed(recipe: Recipe) -> int:
     return recipe.training.seed + 1
 
 
-def _plan(recipe: Recipe, labelled: int, encoder: TextEncoder) -> Plan:
+def _plan(recipe: Recipe, labelled: int, labels: int, encoder: TextEncoder) -> Plan:
     return Plan(
         recipe,
         instances=labelled,
         steps_an_epoch=labelled // recipe.training.batch_size,
         parameters=sum(p.numel() for p in encoder.parameters()),
-        memory_bytes=worker_bytes(encoder, recipe),
+        memory_bytes=worker_bytes(encoder, recipe, labelled, labels),
     )
 
 
