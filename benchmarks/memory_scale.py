@@ -49,7 +49,7 @@ from raexmc_ray.embed import UNIT_KEYS, Embeddings
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.build import write_shards
 from raexmc_ray.memory.index import CoarseQuantizer, ShardIndex
-from raexmc_ray.memory.kinds import INDEX, VECTORS, IndexSpec
+from raexmc_ray.memory.kinds import IndexSpec
 from raexmc_ray.memory.plan import shard_bytes
 from raexmc_ray.memory.pool import ShardPool
 from raexmc_ray.memory.snapshot import open_snapshot
@@ -157,10 +157,10 @@ def single_index(plan: SnapshotPlan, trained: bytes, embeddings: Embeddings) -> 
     codes.resize(KEYS * keys.code_size)
     view = faiss.rev_swig_ptr(codes.data(), KEYS * keys.code_size).reshape(KEYS, -1)
     start = 0
-    for folder in shard_folders(plan):
-        rows = np.load(folder / VECTORS, mmap_mode="r")
-        view[start : start + len(rows)] = rows.view(np.uint8)
-        start += len(rows)
+    for shard in range(SHARDS):
+        for block_ND in embeddings.of_shard(shard):
+            view[start : start + len(block_ND)] = block_ND.astype(np.float16).view(np.uint8)
+            start += len(block_ND)
     keys.ntotal = KEYS
     refined = faiss.IndexRefine(index, keys)
     refined.k_factor = K_FACTOR
@@ -212,7 +212,7 @@ def measure(
     build_s = time.perf_counter() - started
     peak.stop()
     files = {name: entry for part in entries for name, entry in part.items()}
-    index_bytes = sum(entry.size for name, entry in files.items() if name.endswith((INDEX, VECTORS)))
+    index_bytes = sum(entry.size for name, entry in files.items() if name.endswith(spec.files))
     half = len(queries_BD) - B
     publish_scale(plan, trained, files)
     fewest = choose_probes(plan, trained, queries_BD[half:], exact_Bb[half:])

@@ -17,7 +17,17 @@ from typing import Any
 import faiss
 import numpy as np
 
-from raexmc_ray.memory.kinds import FACTORY, INDEX, VECTORS, IndexSpec, check_unit_rows, nearest_lists, selecting
+from raexmc_ray.memory.kinds import (
+    FACTORY,
+    INDEX,
+    POSITIONS,
+    VECTORS,
+    IndexSpec,
+    check_unit_rows,
+    inverse,
+    nearest_lists,
+    selecting,
+)
 from raexmc_ray.memory.order import best_columns
 
 _faiss: Any = faiss
@@ -80,10 +90,11 @@ class ShardIndex:
             raise ValueError(f"{folder / INDEX}: has dimension {self._index.d}, not {spec.dimension}")
         if spec.kind.startswith(FACTORY) and spec.probes:
             _faiss.extract_index_ivf(self._index).nprobe = spec.probes
-        self.spec, self._shards, self._keys_ND = spec, shards, None
+        self.spec, self._shards, self._keys_ND, self._order = spec, shards, None, None
         self._on_gpu = _copy_to_gpu(self._index, spec) if gpu else None
         if spec.has_vectors:
             self._keys_ND = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+            self._order = _Order(np.load(folder / POSITIONS, allow_pickle=False))
         elif spec.kind == "flat" and len(self):
             flat = faiss.rev_swig_ptr(self._index.get_xb(), len(self) * spec.dimension)
             self._keys_ND = flat.view().reshape(len(self), spec.dimension)
@@ -118,7 +129,10 @@ class ShardIndex:
         width, open_rows = min(max(b, self._first_width(b, wanted or b)), keys), np.arange(B)
         while len(open_rows):
             coarse, found = self._candidates(queries_BD[open_rows], width, start, stop, lists, open_rows)
-            scores = coarse if self._keys_ND is None else self._rescored(queries_BD[open_rows], found)
+            kept = found
+            if self._order:
+                found, kept = self._order.sorted(found)
+            scores = coarse if self._keys_ND is None else self._rescored(queries_BD[open_rows], kept)
             scores[found < 0] = -np.inf
             columns = best_columns(scores, found, b)
             best = np.take_along_axis(scores, columns, 1)
@@ -176,16 +190,17 @@ class ShardIndex:
             return _faiss.SearchParametersHNSW(efSearch=max(self.spec.probes, 2 * width), **select)
         return selecting(self._index, select) if select else None
 
-    def _rescored(self, queries_BD: np.ndarray, positions_Bw: np.ndarray) -> np.ndarray:
-        """float32 [B, w]: inner products with the keys kept for it; float64 rounded once where they are float32.
+    def _rescored(self, queries_BD: np.ndarray, places_Bw: np.ndarray) -> np.ndarray:
+        """float32 [B, w]: inner products with the keys kept at these places; float64 rounded once where they are
+        float32.
 
-        (That of −1 is of any key; it is sorted out later.)
+        (That of a place that there is not is of any key; it is sorted out later.)
         """
         assert self._keys_ND is not None
-        (B, w), D, kept = positions_Bw.shape, self.spec.dimension, self._keys_ND.dtype
+        (B, w), D, kept = places_Bw.shape, self.spec.dimension, self._keys_ND.dtype
         halves = kept == np.float16
         wide: np.dtype[Any] = np.dtype(np.float32 if halves else np.float64)
-        few = positions_Bw.size * D <= FEW_NUMBERS and "torch" not in sys.modules
+        few = places_Bw.size * D <= FEW_NUMBERS and "torch" not in sys.modules
         widen = _copy_by_torch if halves and not few else _copy
         # As bytes: in FAISS's file the keys are not aligned, and NumPy would copy all of them before it takes some.
         rows_N = self._keys_ND.view(f"V{self._keys_ND.strides[0]}")[:, 0]
@@ -196,10 +211,26 @@ class ShardIndex:
         for first in range(0, B, step):
             n, part = min(step, B - first), slice(first, first + step)
             # With "clip", `take` copies whole rows, four times as fast as an index does.
-            np.take(rows_N, positions_Bw[part], mode="clip", out=taken_sw[:n])
+            np.take(rows_N, places_Bw[part], mode="clip", out=taken_sw[:n])
             widen(keys_swD[:n], taken_sw[:n].view(kept).reshape(n, w, D))
             np.matmul(keys_swD[:n], queries_BD1[part], out=scores_Bw1[part], casting="same_kind")
         return scores_Bw1[:, :, 0]
+
+
+class _Order:
+    """In which order keys to rescore with lie, where it is not that of their positions."""
+
+    def __init__(self, positions_N: np.ndarray) -> None:
+        """positions_N: int32, of the keys as they lie."""
+        self._places_N = inverse(positions_N)
+        self._positions_N1 = np.append(positions_N, np.int32(-1))
+
+    def sorted(self, positions_Bw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(positions, places), int64 and int32 [B, w]: each row as the keys lie, −1 and N at its end."""
+        none = len(self._places_N)
+        places_Bw = np.where(positions_Bw < 0, none, self._places_N[positions_Bw]) if none else positions_Bw
+        places_Bw = np.sort(places_Bw, axis=1)
+        return self._positions_N1[places_Bw].astype(np.int64), places_Bw
 
 
 def _copy_to_gpu(index: Any, spec: IndexSpec) -> Any:

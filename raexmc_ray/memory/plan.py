@@ -58,8 +58,8 @@ def _code_bytes(spec: IndexSpec, keys: int) -> int:
 
 
 def vectors_bytes(spec: IndexSpec, keys: int) -> int:
-    """Bytes of the float16 keys that a shard rescores with; 0 where its kind has none."""
-    return 2 * spec.dimension * keys if spec.has_vectors else 0
+    """Bytes of the float16 keys that a shard rescores with, and of their order; 0 where its kind has none."""
+    return (2 * spec.dimension + 4) * keys if spec.has_vectors else 0
 
 
 def shard_bytes(spec: IndexSpec, keys: int) -> int:

@@ -13,7 +13,6 @@ import pyarrow.ipc
 
 from raexmc_ray.memory.hits import Hits, merge_hits, search_all
 from raexmc_ray.memory.index import Lists, ShardIndex
-from raexmc_ray.memory.kinds import INDEX, VECTORS
 from raexmc_ray.memory.snapshot import Snapshot, SnapshotError, shard_file
 from raexmc_ray.ragged import RaggedRows
 from raexmc_ray.recipe import Neighbours
@@ -33,11 +32,11 @@ class Shard:
             raise SnapshotError(f"{snapshot.folder}: has {len(manifest.segments)} segments; this version reads one")
         if not 0 <= shard < manifest.shards:
             raise ValueError(f"there is no shard {shard}: the memory has {manifest.shards}")
-        names = [INDEX, KEYS, VECTORS] if manifest.index.has_vectors else [INDEX, KEYS]
+        names = *manifest.index.files, KEYS
         paths = [snapshot.file(shard_file(manifest.segments[0], shard, name), verify) for name in names]
         self.snapshot = manifest.id
         self._index = ShardIndex(paths[0].parent, manifest.index, manifest.shards, gpu=gpu)
-        self._keys = read_keys(paths[1])
+        self._keys = read_keys(paths[-1])
         if len(self._index) != len(self._keys):
             raise SnapshotError(f"{paths[0].parent}: {len(self._index)} keys in the index, {len(self._keys)} beside it")
         # Not `to_numpy`: it imports pandas, a third of a second in which a restarted shard does not answer.

@@ -10,7 +10,8 @@
           trained.faiss          what all shards share: the coarse quantiser and codebooks
           shard-0000/
             index.faiss          embeddings
-            vectors.npy          of `ivf-pq`: float16 embeddings to rescore with
+            vectors.npy          of `ivf-pq`: float16 embeddings to rescore with, as they lie in the inverted lists
+            positions.npy        of `ivf-pq`: their places among the shard's keys
             keys.arrow           key_id, kind, uid, text, labels (those that the key votes for)
       building/ID/               what a build that was stopped finds again; removed when the snapshot is published
 
@@ -34,13 +35,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raexmc_ray.files import FileEntry, Folder, Scratch
 from raexmc_ray.memory.index import CoarseQuantizer, open_quantizer
-from raexmc_ray.memory.kinds import INDEX, VECTORS, IndexSpec
+from raexmc_ray.memory.kinds import IndexSpec
 from raexmc_ray.recipe import PredictionSection
 
 if TYPE_CHECKING:
     from raexmc_ray.encoder import TextEncoder
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 LABELS = "labels.parquet"
 ENCODER = "encoder"
@@ -93,12 +94,12 @@ class Manifest(BaseModel):
         """Bytes that the process of the largest shard maps: its index, and what it rescores with."""
         sizes: Counter[Path] = Counter()
         for name, entry in self.files.items():
-            if Path(name).name in (INDEX, VECTORS):
+            if Path(name).name in self.index.files:
                 sizes[Path(name).parent] += entry.size
         return max(sizes.values())
 
     def bytes_by_part(self) -> dict[str, int]:
-        """{index, vectors, keys, trained, labels, encoder: bytes}, of those there are, the largest first."""
+        """{index, vectors, positions, keys, trained, labels, encoder: bytes}, of those there are, the largest first."""
         sizes: Counter[str] = Counter()
         for name, entry in self.files.items():
             sizes[ENCODER if name.startswith(f"{ENCODER}/") else Path(name).stem] += entry.size

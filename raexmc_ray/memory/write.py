@@ -22,7 +22,7 @@ from raexmc_ray.corpus import Corpus
 from raexmc_ray.files import FileEntry, Folder, describe_file
 from raexmc_ray.lexical import Lexical
 from raexmc_ray.memory.defaults import with_defaults
-from raexmc_ray.memory.kinds import INDEX, VECTORS, IndexSpec, build_index, train_index
+from raexmc_ray.memory.kinds import IndexSpec, build_index, train_index
 from raexmc_ray.memory.shard import INSTANCE, KEYS, LABEL
 from raexmc_ray.memory.snapshot import (
     ENCODER,
@@ -179,7 +179,7 @@ def write_shard(
         (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
         with pa.ipc.new_file(str(local / KEYS), batch.schema) as writer:
             writer.write_batch(batch)
-        names = [INDEX, KEYS, VECTORS] if plan.index.has_vectors else [INDEX, KEYS]
+        names = *plan.index.files, KEYS
         entries = {shard_file(SEGMENT, shard, name): describe_file(local / name) for name in names}
     content = {name: entry.model_dump() for name, entry in entries.items()}
     (plan.work / f"shard-{shard:04d}.json").write(json.dumps(content).encode())
