@@ -129,10 +129,10 @@ class ShardIndex:
         width, open_rows = min(max(b, self._first_width(b, wanted or b)), keys), np.arange(B)
         while len(open_rows):
             coarse, found = self._candidates(queries_BD[open_rows], width, start, stop, lists, open_rows)
-            kept = found
+            places = found
             if self._order:
-                found, kept = self._order.sorted(found)
-            scores = coarse if self._keys_ND is None else self._rescored(queries_BD[open_rows], kept)
+                found, places = self._order.sorted(found)
+            scores = coarse if self._keys_ND is None else self._rescored(queries_BD[open_rows], places)
             scores[found < 0] = -np.inf
             columns = best_columns(scores, found, b)
             best = np.take_along_axis(scores, columns, 1)
@@ -227,9 +227,8 @@ class _Order:
 
     def sorted(self, positions_Bw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(positions, places), int64 and int32 [B, w]: each row as the keys lie, −1 and N at its end."""
-        none = len(self._places_N)
-        places_Bw = np.where(positions_Bw < 0, none, self._places_N[positions_Bw]) if none else positions_Bw
-        places_Bw = np.sort(places_Bw, axis=1)
+        places_Bw = np.where(positions_Bw < 0, len(self._places_N), self._places_N[positions_Bw])
+        places_Bw.sort(axis=1)
         return self._positions_N1[places_Bw].astype(np.int64), places_Bw
 
 
