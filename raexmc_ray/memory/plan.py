@@ -78,7 +78,8 @@ def build_bytes(spec: IndexSpec, keys: int, shards: int, table: int) -> int:
     growing = _code_bytes(spec, keys) + ID_BYTES * keys if spec.kind == "ivf-pq" else 0
     if spec.kind == "hnsw" or spec.kind.startswith(FACTORY):
         growing = index
-    return PROCESS_BYTES + index + growing + vectors_bytes(spec, keys) + block + table
+    # First the index is filled, then what is kept to rescore with, of which no block comes in float32.
+    return PROCESS_BYTES + index + max(growing + block, vectors_bytes(spec, keys) + block // 2) + table
 
 
 def training_bytes(spec: IndexSpec) -> int:
