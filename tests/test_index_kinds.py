@@ -20,7 +20,7 @@ from raexmc_ray.memory.hits import Hits
 from raexmc_ray.memory.index import ShardIndex
 from raexmc_ray.memory.kinds import SAMPLE_PER_LIST, IndexSpec, build_index, nearest_lists, train_index
 from raexmc_ray.memory.plan import BLOCK_KEYS, SHARD_LIMIT, MemoryPlan, build_bytes, plan_memory, shard_bytes
-from raexmc_ray.memory.shard import LocalShards
+from raexmc_ray.memory.shard import LocalShards, Shard
 from raexmc_ray.recipe import INDEX_KINDS, MemorySection, Neighbours
 
 MEASURED = Path(__file__).parent.parent / "benchmarks/results/memory_scale.json"
@@ -162,6 +162,22 @@ def test_a_factory_string_finds_instances_and_labels_apart(tmp_path: Path, strin
         assert ((found >= first) & (found < stop)).all(), "of the kind that was asked for"
         best = [row[(row >= first) & (row < stop)][:30] for row in everything]
         assert np.mean([np.isin(got, want).mean() for got, want in zip(found, best, strict=True)]) > 0.8
+
+
+@pytest.mark.parametrize("string", ["IVF16,SQ8", "IVF16,Flat", "IVF16,PQ8x4fs", "IVF16,PQ8x4"])
+def test_lists_of_a_factory_string_are_found_once_for_all_shards(tmp_path: Path, string: str) -> None:
+    keys = clustered(np.random.default_rng(0), 2000, 64, 40)
+    section = MemorySection(index=f"factory:{string}", probes=3)
+    relevance = random_relevance(np.random.default_rng(0), 1200, 800)
+    snapshot = publish_keys(tmp_path, keys, relevance, 2, settings=section)
+    quantizer, index = snapshot.quantizer(), Shard(snapshot, 0)._index
+    assert quantizer is not None
+    found = index.search(keys[::50], 20, 0, len(index), quantizer.assign(keys[::50]))
+    by_itself = index.search(keys[::50], 20, 0, len(index))
+    for theirs, own in zip(found, by_itself, strict=True):
+        assert np.allclose(theirs, own)
+    for around in (f"PCA32,{string}", string.replace("16", "16_HNSW8")):
+        assert IndexSpec.of(MemorySection(index=f"factory:{around}"), 2000, 64).lists == 0
 
 
 @pytest.mark.parametrize("string", ["PQ8x4", "PCA32,PQ8x4fs", "PQ8x4fs,RFlat", "IVF16,RQ4x4", "NSG16,Flat"])

@@ -54,7 +54,7 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder, *, trained: bool = Tr
     remedy = "lower cluster.cpus_per_worker"
     more_shards = f", or raise memory.shards ({plan.shards})"
     refuse_unplaceable("what writes a shard", _for_writing(plan, table, cpus), remedy + more_shards)
-    fewer_lists = f", or memory.lists ({plan.index.lists})" if plan.index.lists else ""
+    fewer_lists = f", or memory.lists ({plan.index.lists})" if plan.index.kind.startswith("ivf") else ""
     refuse_unplaceable("what trains the index", _for_training(plan, cpus), remedy + fewer_lists)
     dtype = np.dtype(np.float32 if plan.index.stores_float32 else np.float16)
     name = f"{tower.fingerprint[:16]}-{corpus.fingerprint[:16]}-{plan.shards}-{dtype.name}"

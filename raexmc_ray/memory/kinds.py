@@ -55,7 +55,8 @@ class IndexSpec(BaseModel):
     dimension: int
     """d: numbers in a key."""
     lists: int = 0
-    """Inverted lists of the coarse quantiser; 0 where the kind has none."""
+    """Inverted lists of the coarse quantiser that all shards share; 0 where the kind has none. (Of a factory string,
+    where nothing is put around them and a query is compared with every list; else each shard finds its own.)"""
     probes: int = 0
     """Lists that a query looks into, those of a factory string too (of an hnsw graph: keys on its search front)."""
 
@@ -80,7 +81,12 @@ class IndexSpec(BaseModel):
             inverted = _faiss.try_extract_index_ivf(index)  # a part of `index`
             if inverted is None and section.probes:
                 raise ValueError(f"memory.probes is {section.probes}, and {kind} has no inverted lists: leave it out")
-            return cls(kind=kind, dimension=dimension, probes=probes(inverted.nlist) if inverted else 0)
+            if inverted is None:
+                return cls(kind=kind, dimension=dimension)
+            bare = isinstance(faiss.downcast_index(index), faiss.IndexIVF)
+            shared = bare and isinstance(faiss.downcast_index(inverted.quantizer), faiss.IndexFlat)
+            lists = inverted.nlist if shared else 0
+            return cls(kind=kind, dimension=dimension, lists=lists, probes=probes(inverted.nlist))
         return cls(kind=kind, dimension=dimension, probes=section.probes or (128 if kind == "hnsw" else 0))
 
     @property
