@@ -98,7 +98,8 @@ class Folder:
         handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # for `remove_half_written`
+                with contextlib.suppress(OSError):  # a filesystem without locks: there nothing half-written is removed
+                    fcntl.flock(file, fcntl.LOCK_EX)  # for `remove_half_written`
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
