@@ -158,6 +158,7 @@ def test_half_a_file_is_removed_of_who_was_killed_only(tmp_path: Path) -> None:
             writer.wait()
 
 
+@pytest.mark.faults
 def test_a_stubborn_child_and_its_orphan_are_ended(tmp_path: Path) -> None:
     script = SUPERVISE.format(command=[sys.executable, "-c", STUBBORN, str(tmp_path / "pid")])
     supervisor = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)

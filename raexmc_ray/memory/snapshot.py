@@ -294,7 +294,8 @@ def _read_manifest(file: Folder, snapshot: str) -> Manifest:
 def memory_id(
     corpus_fingerprint: str, encoder_fingerprint: str, shards: int, index: IndexSpec, defaults: PredictionSection
 ) -> str:
-    """The id of the snapshot that follows from what it is made of: the same inputs make the same snapshot."""
-    parts = [corpus_fingerprint, encoder_fingerprint, str(shards), index.model_dump_json()]
+    """The id of the snapshot that follows from what it is made of: the same inputs make the same snapshot. Of another
+    format it is another one: a build that an earlier version began is not gone on with."""
+    parts = [str(FORMAT_VERSION), corpus_fingerprint, encoder_fingerprint, str(shards), index.model_dump_json()]
     parts.append(defaults.model_dump_json(by_alias=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
