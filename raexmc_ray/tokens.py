@@ -43,11 +43,14 @@ class Tokens:
         ids[mask] = self.ids
         return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
-    def chunks_by_length(self, size: int, least: int = 1) -> Iterator[tuple[np.ndarray, Tokens]]:
+    def chunks_by_length(
+        self, size: int, least: int = 1, call_tokens: int | None = None
+    ) -> Iterator[tuple[np.ndarray, Tokens]]:
         """(rows, their tokens) in chunks of up to `size` texts of nearly equal length, the longest first:
         so little is padded, and memory is at its peak at once.
 
         least: where `size` gives fewer chunks than this, the texts are shared out over so many by their tokens.
+        call_tokens: what one more chunk costs, in tokens: a chunk is cut in two where that saves more padding.
         """
         order = np.argsort(-self.lengths, kind="stable")
         starts = np.arange(0, len(order), size)
@@ -56,8 +59,20 @@ class Tokens:
             shares = ends[-1] * np.arange(1, least) / least
             starts = np.unique([0, *np.minimum(np.searchsorted(ends, shares) + 1, len(order) - 1)])
         for start, stop in itertools.pairwise([*starts, len(order)]):
-            rows = order[start:stop]
-            yield rows, self.take(rows)
+            cut = [start] if call_tokens is None else _cut(self.lengths[order], start, stop, call_tokens)
+            for first, end in itertools.pairwise([*cut, stop]):
+                rows = order[first:end]
+                yield rows, self.take(rows)
+
+
+def _cut(lengths: np.ndarray, start: int, stop: int, call_tokens: int) -> list[int]:
+    """Where chunks start among the texts start..stop-1, whose lengths fall, so that no cut saves more padding than
+    `call_tokens`."""
+    saved = (lengths[start] - lengths[start:stop]) * np.arange(stop - start, 0, -1)
+    best = start + int(np.argmax(saved))
+    if saved[best - start] <= call_tokens:
+        return [start]
+    return [*_cut(lengths, start, best, call_tokens), *_cut(lengths, best, stop, call_tokens)]
 
 
 @dataclass(frozen=True)

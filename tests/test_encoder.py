@@ -165,6 +165,24 @@ def test_tokens_are_taken_padded_and_chunked_whole(rows: list[list[int]], size: 
     assert seen == dict(enumerate(rows))
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 32), min_size=1, max_size=40), st.integers(1, 16), st.integers(0, 60))
+def test_no_chunk_is_padded_by_more_than_another_call_costs(lengths: list[int], size: int, call_tokens: int) -> None:
+    tokens = Tokens(np.arange(sum(lengths), dtype=np.int32), np.cumsum([0, *lengths]))
+    chunks = list(tokens.chunks_by_length(size, call_tokens=call_tokens))
+    assert sorted(np.concatenate([rows for rows, _ in chunks])) == list(range(len(lengths)))
+    for rows, part in chunks:
+        assert len(rows) <= size
+        assert (part.lengths == np.array(lengths)[rows]).all()
+        assert (np.diff(part.lengths) <= 0).all()
+        saved = [(part.lengths[0] - part.lengths[at]) * (len(rows) - at) for at in range(len(rows))]
+        assert max(saved) <= call_tokens
+    cut_once = list(tokens.chunks_by_length(size))
+    cells = [sum(part.lengths[0] * len(rows) for rows, part in some) for some in (chunks, cut_once)]
+    cost = [padded + call_tokens * len(some) for padded, some in zip(cells, (chunks, cut_once), strict=True)]
+    assert cost[0] <= cost[1]
+
+
 def test_threads_change_no_embedding_and_hide_no_error() -> None:
     encoder = TextEncoder.load(MODEL, layers=1, max_tokens=16)
     texts = [f"{text} {i}" for i in range(5) for text in TEXTS]
