@@ -73,7 +73,7 @@ class Client:
 
     def label(self, uid: str) -> LabelReply:
         """The label with this uid; ApiError 404 where there is none."""
-        return self._call("GET", f"/v1/labels/{quote(uid, safe='')}", LabelReply)
+        return self._call("GET", _path_of(uid), LabelReply)
 
     def memory(self) -> MemoryReply:
         """The snapshot in use and its sizes."""
@@ -92,7 +92,7 @@ class Client:
     def _call(self, method: str, path: str, reply: type[Reply], **request: Any) -> Reply:
         try:
             return _parse(self._http.request(method, path, **request), reply)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _unreachable(self._http, error) from error
 
 
@@ -128,7 +128,7 @@ class AsyncClient:
 
     async def label(self, uid: str) -> LabelReply:
         """The label with this uid; ApiError 404 where there is none."""
-        return await self._call("GET", f"/v1/labels/{quote(uid, safe='')}", LabelReply)
+        return await self._call("GET", _path_of(uid), LabelReply)
 
     async def memory(self) -> MemoryReply:
         """The snapshot in use and its sizes."""
@@ -147,7 +147,7 @@ class AsyncClient:
     async def _call(self, method: str, path: str, reply: type[Reply], **request: Any) -> Reply:
         try:
             return _parse(await self._http.request(method, path, **request), reply)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _unreachable(self._http, error) from error
 
 
@@ -182,6 +182,8 @@ def _body(
     """The request as JSON, seen to be valid. Raises ValueError, which names the field."""
     if isinstance(texts, str):
         raise TypeError("texts must be a list of texts: write predict([text])")
+    if isinstance(labels_allowed, str) or isinstance(labels_blocked, str):
+        raise TypeError("labels_allowed and labels_blocked must be lists of uids: write [uid]")
     keys = Neighbours(joint=neighbours) if isinstance(neighbours, int) else neighbours
     request = PredictRequest.model_validate(
         {
@@ -199,10 +201,15 @@ def _body(
     return request.model_dump_json(by_alias=True, exclude_none=True).encode()
 
 
+def _path_of(uid: str) -> str:
+    # A uid of dots alone would be a way up in the path, if it were not for the slashes' own code.
+    return f"/v1/labels/{quote(uid, safe='')}".replace("/.", "/%2E")
+
+
 def _parse(response: httpx.Response, reply: type[Reply]) -> Reply:
-    if response.status_code == 200:
-        return reply.model_validate_json(response.content)
     try:
+        if response.status_code == 200:
+            return reply.model_validate_json(response.content)
         problem = Problem.model_validate_json(response.content)
     except ValidationError:  # not from the application: a proxy's, or another server's
         problem = Problem(title=response.reason_phrase, status=response.status_code, detail=response.text[:500])
@@ -210,5 +217,5 @@ def _parse(response: httpx.Response, reply: type[Reply]) -> Reply:
     raise ApiError(problem, float(after) if after.isdigit() else None)
 
 
-def _unreachable(http: httpx.Client | httpx.AsyncClient, error: httpx.TransportError) -> UnreachableError:
+def _unreachable(http: httpx.Client | httpx.AsyncClient, error: httpx.RequestError) -> UnreachableError:
     return UnreachableError(f"{http.base_url}: {str(error) or type(error).__name__}")

@@ -1,4 +1,5 @@
-"""Callers that ask an application again and again, in a thread of their own, and keep what they were told."""
+"""Callers that ask an application again and again, in a thread of their own, and keep what they were told; and the
+processes that answer them."""
 
 from __future__ import annotations
 
@@ -8,10 +9,15 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import ray
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.util.state import get_actor
 
 from raexmc_ray.answer import ScoredLabel
 from raexmc_ray.client import ApiError, AsyncClient, UnreachableError
+from raexmc_ray.serve.run import APPLICATION
 
 Answers = Mapping[str, Sequence[Sequence[ScoredLabel]]]
 """{snapshot: for each text its labels}."""
@@ -85,3 +91,14 @@ class Load:
             self.right += 1
         else:
             self.wrong.append(f"{snapshot}, text {place}: {[label.uid for label in labels]}")
+
+
+def processes(deployment: str) -> list[int]:
+    """Of the replicas that run, or of the controller."""
+    dashboard = f"http://{ray.init(ignore_reinit_error=True).dashboard_url}"
+    found: dict[str, Any] = ServeSubmissionClient(dashboard).get_serve_details()
+    if deployment == "controller":
+        actor = get_actor(found["controller_info"]["actor_id"], address=dashboard)
+        return [actor.pid] if actor and actor.state == "ALIVE" else []
+    replicas = found["applications"][APPLICATION]["deployments"][deployment]["replicas"]
+    return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]

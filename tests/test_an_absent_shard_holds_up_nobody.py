@@ -1,4 +1,5 @@
-"""While a shard does not answer, one call waits for it in full; others are answered without it, or refused, at once."""
+"""While a shard does not answer, one call waits for it in full; others are answered without it, or refused, at once.
+Nobody is held up, or fails, for what is wrong with others."""
 
 from __future__ import annotations
 
@@ -6,11 +7,16 @@ import asyncio
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from in_process import ingress_of
+from in_process import ingress_of, method
 
+from raexmc_ray.files import Folder
+from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
 from raexmc_ray.serve.absent import ABSENT_S, Absent
+from raexmc_ray.serve.again import Call
+from raexmc_ray.serve.deployments import Encoder
 from raexmc_ray.serve.errors import MissingShardsError
 from raexmc_ray.serve.schema import PredictReply, PredictRequest, ServeSettings
 
@@ -76,3 +82,64 @@ def test_a_call_that_is_given_up_is_no_answer_and_lets_the_next_one_find_out() -
         pass
     assert (first, finds_out, meanwhile, other, next_one) == (None, None, ABSENT_S, None, None)
     assert (answered, too) == (None, None)
+
+
+@pytest.mark.ray
+def test_a_shard_is_not_absent_because_a_request_had_no_time_left(small_memory: Path) -> None:
+    """The encoder took it: the shards answer as they always do, later than the request's own deadline."""
+    slow_s = 0.3
+
+    async def before() -> None:
+        await asyncio.sleep(slow_s)
+
+    async def run() -> None:
+        settings = ServeSettings(memory=str(small_memory), timeout_s=2.0, shard_timeout_s=1.5)
+        ingress = await ingress_of(settings, {(shard, "search"): before for shard in range(3)})
+        missing: list[int] = []
+        ingress._metrics.missing = missing.append
+        encode = ingress._encode.remote
+
+        async def late(*arguments: object, **named: object) -> object:
+            await asyncio.sleep(settings.timeout_s - slow_s / 2)
+            return await encode(*arguments, **named)
+
+        ingress._encode = method(late)
+        with pytest.raises(TimeoutError):
+            await ingress.predict(PredictRequest(texts=["vim"]), "id", time.perf_counter(), {})
+        await asyncio.sleep(2 * slow_s)  # what is left of the batch has its turn
+        assert missing == []
+        ingress._encode.remote = encode
+        asked = [PredictRequest(texts=["vim"], k=k) for k in (1, 2)]
+        replies = await asyncio.gather(*(ingress.predict(one, "id", time.perf_counter(), {}) for one in asked))
+        assert [reply.missing_shards for reply in replies] == [[], []]
+
+    asyncio.run(run())
+
+
+@pytest.mark.ray
+def test_a_snapshot_that_cannot_be_opened_leaves_the_ingress_where_it_is(small_memory: Path) -> None:
+    async def run() -> None:
+        ingress = await ingress_of(ServeSettings(memory=str(small_memory)))
+        before = ingress.view
+        with pytest.raises(SnapshotError, match="no-such"):
+            await ingress.hold("no-such")
+        assert ingress.view is before
+
+    asyncio.run(run())
+
+
+def test_no_call_fails_for_a_snapshot_of_another(small_memory: Path) -> None:
+    """They wait for the encoder together."""
+
+    async def run() -> None:
+        encoder: Any = Encoder.func_or_class(Folder.at(small_memory), 1, False, "float32", 32)
+        snapshot = open_snapshot(small_memory).manifest.id
+        await encoder.hold(snapshot)
+        names = ["no-such-0", snapshot, "no-such-1", snapshot, "no-such-2"]  # before and after it in any order
+        calls = (encoder.encode(name, ["vim"], call=Call()) for name in [snapshot, *names])
+        first, *answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert [isinstance(answer, SnapshotError) for answer in answers] == [True, False, True, False, True]
+        assert (answers[1] == first).all()
+        assert (answers[3] == first).all()
+
+    asyncio.run(run())

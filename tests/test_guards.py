@@ -22,6 +22,7 @@ from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.gate import SPARE, Gate
 from raexmc_ray.serve.guard import Guard, Tokens, is_loopback, refuse_open_door
 from raexmc_ray.serve.ingress import READY_S, Ingress
+from raexmc_ray.serve.run import url_of
 from raexmc_ray.serve.schema import Limits, PredictRequest, ServeSettings
 
 OLD, NEW = "old-token-0123456789", "new-token-9876543210"
@@ -103,6 +104,12 @@ def test_an_open_door_is_refused(tmp_path: Path) -> None:
         refuse_open_door(settings, Tokens(str(tmp_path / "tokens")), host)
     for host in ("127.0.0.1", "localhost", "::1"):
         refuse_open_door(settings, none, host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", "example.org"])
+def test_the_url_that_is_said_can_be_opened(host: str) -> None:
+    url = httpx.URL(url_of(host, 8000))
+    assert (url.host, url.port) == ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), 8000)
 
 
 def test_bodies_are_bounded_whether_they_say_their_length_or_not() -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from conftest import Rounds, free_port
 from helpers import MODEL
-from load import Answers, Load
+from load import Answers, Load, processes
 
 import raexmc_ray
 from raexmc_ray.client import Client
@@ -25,7 +27,7 @@ from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
 from raexmc_ray.recipe import PredictionSection, Recipe
 from raexmc_ray.serve.environment import ENVIRONMENT
-from raexmc_ray.serve.run import APPLICATION, _client, _deployed, _wait, rollback, rollout, serving
+from raexmc_ray.serve.run import APPLICATION, _client, _deployed, _set_user_config, _wait, rollback, rollout, serving
 from raexmc_ray.serve.schema import ServeSettings
 from raexmc_ray.train.trainer import trained_encoder
 
@@ -99,6 +101,7 @@ def test_rollback_goes_to_the_one_before_and_makes_it_current(
         assert rollback() == names[::-1]
         assert client.memory().snapshot == names[0]
         assert (memory / "CURRENT").read_text().strip() == names[0]
+        assert rollback() == (names[0], names[0]), "called again it stays"
         assert rollout() == (names[0], names[0]), "the current one, where none is named"
         corpus = read_corpus(tiny_run.corpus.path)
         other = PredictionSection(lambda_=0.2, k=3)
@@ -106,6 +109,43 @@ def test_rollback_goes_to_the_one_before_and_makes_it_current(
         assert rollout() == (names[0], tuned), "other defaults are a snapshot as any other"
         assert PredictionSection.model_validate(client.memory().defaults) == other
         assert rollback() == (tuned, names[0])
+
+
+def test_a_rollback_that_is_broken_off_is_gone_on_with(
+    url: str, memory: Path, names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rollout(names[1]) == names
+    (memory / "CURRENT").write_text(names[1] + "\n")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken_off:
+        broken_off.setattr("raexmc_ray.serve.run._wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rollback()
+    assert (memory / "CURRENT").read_text().strip() == names[0]
+    assert rollback() == (names[0], names[0])
+    with Client(url) as client:
+        assert client.memory().snapshot == names[0]
+
+
+@pytest.mark.faults
+def test_a_replica_that_is_lost_meanwhile_fails_no_rollout(
+    url: str, names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[int] = []
+
+    def and_lose_an_encoder(*arguments: Any) -> None:
+        _set_user_config(*arguments)
+        lost.extend(processes("Encoder"))
+        os.kill(lost[0], signal.SIGKILL)
+
+    monkeypatch.setattr("raexmc_ray.serve.run._set_user_config", and_lose_an_encoder)
+    assert rollout(names[1]) == names
+    with Client(url) as client:
+        assert client.predict(["vim"]).snapshot == names[1]
+    assert lost[0] not in processes("Encoder")
 
 
 def test_a_config_that_is_deployed_again_goes_back_to_where_it_began(
@@ -118,10 +158,11 @@ def test_a_config_that_is_deployed_again_goes_back_to_where_it_began(
     config = _deployed(client, APPLICATION)
     del config["deployments"]  # which the roll-out added
     with Client(url) as asking:
-        client.deploy_applications({"applications": [config]})
+        client.deploy_applications({"applications": [config], "target_capacity": 100})
         _wait(client, APPLICATION)
         assert asking.memory().snapshot == names[0], "Serve has begun to build anew: README can do without"
         assert rollout() == names
+        assert client.get_serve_details()["target_capacity"] == 100, "the cluster's own setting is left"
         assert asking.memory().snapshot == names[1]
         named = {**config, "args": {**config["args"], "snapshot": names[1]}}
         client.deploy_applications({"applications": [named]})

@@ -119,8 +119,9 @@ def test_labels_are_found_by_uid_and_by_how_they_begin(served: str, memory: raex
             begins = {r["index"] for r in rows if r["text"].lower().startswith(prefix.lower())}
             begins |= {r["index"] for r in rows if r["uid"].startswith(prefix)}
             assert {label.label for label in client.labels(prefix, limit=100).labels} == begins
-        with pytest.raises(ApiError, match="no label of this memory has the uid 'a/b c'"):
-            client.label("a/b c")
+        for uid in ("a/b c", ".", ".."):
+            with pytest.raises(ApiError, match=f"no label of this memory has the uid '{re.escape(uid)}'"):
+                client.label(uid)
 
 
 def test_a_reply_is_bounded_as_a_whole(served: str) -> None:
@@ -303,6 +304,8 @@ def test_the_client_says_what_is_wrong(served: str, tiny_texts: list[str]) -> No
             client.predict(tiny_texts[:1], temperature=-1)
         with pytest.raises(TypeError, match=r"predict\(\[text\]\)"):
             client.predict("a text")
+        with pytest.raises(TypeError, match=r"lists of uids: write \[uid\]"):
+            client.predict(tiny_texts[:1], labels_blocked="vim")
         with pytest.raises(ApiError, match=r"422 .*2,000") as caught:
             client.predict(tiny_texts[:1], neighbours=16384)
         assert caught.value.problem.request_id

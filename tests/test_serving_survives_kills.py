@@ -9,22 +9,18 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
 from conftest import Rounds, free_port
 from in_process import ingress_of
-from load import Answers, Load
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-from ray.util.state import get_actor
+from load import Answers, Load, processes
 
 import raexmc_ray
 from raexmc_ray.client import ApiError, Client
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.serve.errors import MissingShardsError
 from raexmc_ray.serve.ingress import BATCHES
-from raexmc_ray.serve.run import APPLICATION, serving
+from raexmc_ray.serve.run import serving
 from raexmc_ray.serve.schema import Joint, PredictReply, PredictRequest, ServeSettings
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(3600)]
@@ -47,17 +43,6 @@ def url(tiny_run: Recipe) -> Iterator[str]:
 def expected(tiny_run: Recipe, tiny_texts: list[str]) -> Answers:
     memory = raexmc_ray.open(f"{tiny_run.cluster.storage}/memory")
     return {memory.manifest.id: memory.predict(tiny_texts[:TEXTS], evidence=1)}
-
-
-def processes(deployment: str) -> list[int]:
-    """Of the replicas that run, or of the controller."""
-    dashboard = f"http://{ray.init(ignore_reinit_error=True).dashboard_url}"
-    found: dict[str, Any] = ServeSubmissionClient(dashboard).get_serve_details()
-    if deployment == "controller":
-        actor = get_actor(found["controller_info"]["actor_id"], address=dashboard)
-        return [actor.pid] if actor and actor.state == "ALIVE" else []
-    replicas = found["applications"][APPLICATION]["deployments"][deployment]["replicas"]
-    return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
 
 
 def wait_until_whole(deployment: str, number: int, killed: int) -> None:

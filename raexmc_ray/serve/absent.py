@@ -18,9 +18,9 @@ class Absent:
         self._shards, self._awaited = set[int](), set[int]()
 
     @contextmanager
-    def asking(self, shard: int) -> Iterator[float | None]:
+    def asking(self, shard: int, fair: bool = True) -> Iterator[float | None]:
         """Around a call of the shard: gives the seconds that it may take at most, or None, where it may wait in full.
-        The call raises TimeoutError where there is no answer in time."""
+        The call raises TimeoutError where there is no answer in time; fair: which is then the shard's fault."""
         absent = shard in self._shards
         finds_out = absent and shard not in self._awaited
         if finds_out:
@@ -28,7 +28,8 @@ class Absent:
         try:
             yield ABSENT_S if absent and not finds_out else None
         except TimeoutError:
-            self._shards.add(shard)
+            if fair:
+                self._shards.add(shard)
             raise
         else:
             self._shards.discard(shard)

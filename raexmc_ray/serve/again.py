@@ -27,9 +27,14 @@ class Call:
 
 
 class AnotherReplicaRouter(FIFOMixin, RequestRouter):
-    """Serve's own choice, of two replicas the one with less to do, but a call that is made again never goes to a
-    replica that was asked already, while there is another one. (By what they have to do alone it may: one that hangs
-    has one call in hand, and the one that does everybody's work meanwhile has as many.)"""
+    """Serve's own choice, of two replicas the one with less to do, but none is chosen for a call that is made again
+    that was asked already, while there is another one. (By what they have to do alone it may be: one that hangs has one
+    call in hand, and the one that does everybody's work meanwhile has as many.)
+
+    FIFOMixin hands a chosen replica to the call that waits longest, so that where choosing takes time, and other calls
+    come meanwhile, it may still be the same one. Without it Serve finds the waiting call by the id of the request that
+    it is a part of: two calls with one id would wait for each other.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

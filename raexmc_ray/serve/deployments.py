@@ -66,8 +66,13 @@ class Encoder:
         for snapshot in {name for name, _ in calls}:
             mine = [i for i, (name, _) in enumerate(calls) if name == snapshot]
             texts = [text for i in mine for text in calls[i][1]]
-            encoder = await self._encoders.get(snapshot)
-            embeddings = await asyncio.to_thread(encoder.encode, texts)
+            try:
+                encoder = await self._encoders.get(snapshot)
+                embeddings = await asyncio.to_thread(encoder.encode, texts)
+            except Exception as error:  # no other snapshot's calls fail for it
+                for i in mine:
+                    answer(i, error)
+                continue
             ends = np.cumsum([len(calls[i][1]) for i in mine])
             for i, part in zip(mine, np.split(embeddings, ends[:-1]), strict=True):
                 answer(i, part)

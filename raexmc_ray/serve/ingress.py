@@ -29,6 +29,7 @@ from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.batching import Batcher
 from raexmc_ray.serve.errors import MissingShardsError, RequestError
 from raexmc_ray.serve.guard import Tokens, refuse_open_door
+from raexmc_ray.serve.held import Held
 from raexmc_ray.serve.logs import write
 from raexmc_ray.serve.metrics import IngressMetrics
 from raexmc_ray.serve.query import Answer, Batch, Clock, Query, View, apart, reply_to, rows_of, span
@@ -52,7 +53,7 @@ class Ingress:
     def __init__(
         self, settings: ServeSettings, memory: Folder, encoder: DeploymentHandle[Any], *shards: DeploymentHandle[Any]
     ) -> None:
-        self._settings, self._memory = settings, memory
+        self._settings = settings
         # Once: each attribute of a handle is a new handle.
         self._encode = encoder.encode
         self._searches, self._look_ups = [shard.search for shard in shards], [shard.keys for shard in shards]
@@ -62,6 +63,7 @@ class Ingress:
         self._tokens = Tokens(settings.tokens_file)
         refuse_open_door(settings, self._tokens, _http_host())
         self._metrics, self._absent = IngressMetrics(), Absent()
+        self._views = Held(lambda snapshot: View.open(memory, snapshot, settings.limits))
         self._view: View | None = None
         self._probe: asyncio.Task[PredictReply] | None = None
         self._probed = 0.0
@@ -77,7 +79,11 @@ class Ingress:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Move to a snapshot. Requests that are on their way are answered from the one that they came in under."""
-        self._view = await asyncio.to_thread(View.open, self._memory, config["snapshot"], self._settings.limits)
+        self._view = await self._views.get(config["snapshot"])
+
+    async def hold(self, snapshot: str) -> None:
+        """Have what the ingress needs of this snapshot open."""
+        await self._views.get(snapshot)
 
     def check_health(self) -> None:
         """Serve asks every few seconds."""
@@ -289,20 +295,25 @@ class Ingress:
     async def _ask(
         self, shards: Iterable[int], ask: Callable[[int, Call], Awaitable[R]], queries: list[Query], deadline: float
     ) -> dict[int, R]:
-        """What a call of each of these shards gives; without those that did not answer in time, counted and logged."""
-        until, batch = min(deadline, time.perf_counter() + self._settings.shard_timeout_s), queries[0].batch
+        """What a call of each of these shards gives; without those that did not answer in time, counted and logged:
+        but not where hardly any time was left of the requests', which says nothing about a shard."""
+        now, batch, settings = time.perf_counter(), queries[0].batch, self._settings
+        until = min(deadline, now + settings.shard_timeout_s)
+        fair = until - now >= min(settings.shard_timeout_s, settings.timeout_s) / 2
 
         async def one(shard: int) -> tuple[int, R | None]:
             try:
-                with self._absent.asking(shard) as at_most_s:
+                with self._absent.asking(shard, fair) as at_most_s:
                     end = until if at_most_s is None else min(until, time.perf_counter() + at_most_s)
                     return shard, await self._call(
                         batch, f"shard {shard}", end, self._shard_patience_s, partial(ask, shard)
                     )
             except Exception as error:
-                self._metrics.missing(shard)
-                batch.missing(shard)
-                log.warning("batch %s: shard %d did not answer (%s: %s)", batch.id, shard, type(error).__name__, error)
+                if fair or not isinstance(error, TimeoutError):
+                    self._metrics.missing(shard)
+                    batch.missing(shard)
+                    said = type(error).__name__, error
+                    log.warning("batch %s: shard %d did not answer (%s: %s)", batch.id, shard, *said)
                 return shard, None
 
         answers = await asyncio.gather(*map(one, shards))

@@ -26,6 +26,9 @@ from raexmc_ray.serve.schema import ServeSettings
 
 APPLICATION = "raexmc"
 POLL_S, PATIENCE_S = 0.3, 600.0
+LASTING_S = 60.0
+"""How long a roll-out goes on where Serve says that the application failed: it says so of any replica that is lost
+meanwhile, and has put another in its place by then."""
 SAY_S = 3.0
 """Whoever waits for longer is told for what."""
 logger = logging.getLogger("raexmc_ray")
@@ -68,9 +71,15 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
         except RuntimeError as error:  # what its REST API answers to what it cannot do
             raise DeploymentFailedError(str(error)) from error
         _wait(client, APPLICATION)
-        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        yield url_of(host, port)
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a server that listens on `host` is reached from its own machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _from_anywhere(settings: ServeSettings) -> ServeSettings:
@@ -111,9 +120,25 @@ def rollout(snapshot: str | None = None, application: str = APPLICATION) -> tupl
     """Move a running application to a snapshot, the memory's current one where it is left out; gives (from, to).
 
     Every byte is read against its checksum, and every replica has the snapshot open, before the first request is
-    answered from it: until then nothing has changed. Raises SnapshotError, FileNotFoundError, DeploymentFailedError,
-    ValueError where there is no such application.
+    answered from it: until then nothing has changed. Broken off, the same call goes on. Raises SnapshotError,
+    FileNotFoundError, DeploymentFailedError, ValueError where there is no such application.
     """
+    return _move(snapshot, application, back=False)
+
+
+def rollback(application: str = APPLICATION) -> tuple[str, str]:
+    """Move a running application back to the snapshot before, and make that the memory's current one, so that
+    nothing that starts later takes up the one that was left. Gives (from, to).
+
+    Called again it stays where it went back to: broken off, the same call goes on.
+    """
+    previous = _user_config(_deployed(_client(), application)).get("previous")
+    if not previous:
+        raise ValueError(f"the application {application!r} has not been rolled out since it was deployed")
+    return _move(previous, application, back=True)
+
+
+def _move(snapshot: str | None, application: str, *, back: bool) -> tuple[str, str]:
     client = _client()
     config = _deployed(client, application)
     settings = ServeSettings.model_validate(config["args"])
@@ -129,28 +154,18 @@ def rollout(snapshot: str | None = None, application: str = APPLICATION) -> tupl
     with _said(f"checking every byte of snapshot {target.manifest.id}"):
         for _ in verify(target):
             pass
-    with _said(f"waiting for every replica to open snapshot {target.manifest.id}"):
-        _hold(target.manifest.id, target.manifest.shards, application)
     names = ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(target.manifest.shards))]
-    if target.manifest.id != before:  # whoever stays where they are goes back to where they came from
+    with _said(f"waiting for every replica to open snapshot {target.manifest.id}"):
+        _hold(target.manifest.id, names, application)
+    if back:
+        publish_current(memory, target.manifest.id)
+        previous = target.manifest.id
+    elif target.manifest.id != before:  # whoever stays where they are goes back to where they came from
         previous = before
     with _said(f"waiting for every replica to move to snapshot {target.manifest.id}"):
         _set_user_config(client, application, names, {"snapshot": target.manifest.id, "previous": previous})
-        _wait(client, application)
+        _wait(client, application, LASTING_S)
     return before, target.manifest.id
-
-
-def rollback(application: str = APPLICATION) -> tuple[str, str]:
-    """Move a running application back to the snapshot before, and make that the memory's current one, so that
-    nothing that starts later takes up the one that was left. Gives (from, to)."""
-    client = _client()
-    config = _deployed(client, application)
-    previous = _user_config(config).get("previous")
-    if not previous:
-        raise ValueError(f"the application {application!r} has not been rolled out since it was deployed")
-    moved = rollout(previous, application)
-    publish_current(Folder.at(ServeSettings.model_validate(config["args"]).memory), previous)
-    return moved
 
 
 @contextmanager
@@ -201,9 +216,8 @@ def _in_use(config: dict[str, Any], client: ServeSubmissionClient, application: 
     return str(deployments["Ingress"]["deployment_config"]["user_config"]["snapshot"])
 
 
-def _hold(snapshot: str, shards: int, application: str) -> None:
-    """Have every replica open a snapshot beside the one in use."""
-    names = ["Encoder", *(f"MemoryShard-{shard}" for shard in range(shards))]
+def _hold(snapshot: str, names: list[str], application: str) -> None:
+    """Have every replica of these deployments open a snapshot beside the one in use."""
     calls = [serve.get_deployment_handle(name, application).broadcast("hold", snapshot) for name in names]
     for call in calls:
         call.results(timeout_s=PATIENCE_S)
@@ -224,17 +238,25 @@ def _set_user_config(
             config["deployments"] = [{**others.pop(n, {"name": n}), "user_config": user_config} for n in names]
             config["deployments"] += others.values()
         applications.append(config)
-    client.deploy_applications({"applications": applications})
+    # Of the whole cluster, and taken away where it is not said again.
+    capacity = details.get("target_capacity")
+    client.deploy_applications(
+        {"applications": applications, **({} if capacity is None else {"target_capacity": capacity})}
+    )
 
 
-def _wait(client: ServeSubmissionClient, application: str) -> None:
-    """Until the application runs as it was last told to. Raises DeploymentFailedError."""
-    ends = time.monotonic() + PATIENCE_S
+def _wait(client: ServeSubmissionClient, application: str, lasting_s: float = 0.0) -> None:
+    """Until the application runs as it was last told to. Raises DeploymentFailedError, where it was said to have failed
+    for `lasting_s` seconds."""
+    ends, well = time.monotonic() + PATIENCE_S, time.monotonic()
     while True:
         running = client.get_serve_details().get("applications", {}).get(application, {})
         if running.get("status") == "RUNNING":
             return
-        if running.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > ends:
+        now = time.monotonic()
+        if running.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"):
+            well = now
+        if now - well > lasting_s or now > ends:
             said = [running.get("message", "")]
             said += [d.get("message", "") for d in running.get("deployments", {}).values()]
             lines = [line for text in said for line in text.strip().splitlines() if line.strip()]
