@@ -18,7 +18,7 @@ from raexmc_ray.serve.absent import ABSENT_S, Absent
 from raexmc_ray.serve.again import Call
 from raexmc_ray.serve.deployments import Encoder
 from raexmc_ray.serve.errors import MissingShardsError
-from raexmc_ray.serve.schema import PredictReply, PredictRequest, ServeSettings
+from raexmc_ray.serve.schema import Joint, PredictReply, PredictRequest, ServeSettings
 
 PATIENCE_S = 2.0
 
@@ -97,6 +97,12 @@ def test_a_shard_is_not_absent_because_a_request_had_no_time_left(small_memory: 
         ingress = await ingress_of(settings, {(shard, "search"): before for shard in range(3)})
         missing: list[int] = []
         ingress._metrics.missing = missing.append
+
+        async def ask(joint: int) -> PredictReply:
+            request = PredictRequest(texts=["vim"], neighbours=Joint(joint=joint))
+            return await ingress.predict(request, "id", time.perf_counter(), {})
+
+        await ask(10)  # which loads the encoder
         encode = ingress._encode.remote
 
         async def late(*arguments: object, **named: object) -> object:
@@ -105,13 +111,12 @@ def test_a_shard_is_not_absent_because_a_request_had_no_time_left(small_memory: 
 
         ingress._encode = method(late)
         with pytest.raises(TimeoutError):
-            await ingress.predict(PredictRequest(texts=["vim"]), "id", time.perf_counter(), {})
+            await ask(10)
         await asyncio.sleep(2 * slow_s)  # what is left of the batch has its turn
-        assert missing == []
         ingress._encode.remote = encode
-        asked = [PredictRequest(texts=["vim"], k=k) for k in (1, 2)]
-        replies = await asyncio.gather(*(ingress.predict(one, "id", time.perf_counter(), {}) for one in asked))
+        replies = await asyncio.gather(ask(10), ask(20))  # each searched by itself
         assert [reply.missing_shards for reply in replies] == [[], []]
+        assert missing == []
 
     asyncio.run(run())
 

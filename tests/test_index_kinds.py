@@ -288,6 +288,25 @@ def test_rescoring_copies_the_candidates_only(tmp_path: Path) -> None:
     assert peak < keys_ND.nbytes / 10
 
 
+def test_a_flat_answer_is_exact_and_does_not_depend_on_the_batch(tmp_path: Path) -> None:
+    """Below some number of queries FAISS reads all keys for each; from there on it takes a matrix product."""
+    rng, keys, b = np.random.default_rng(0), 3000, 30
+    keys_ND, queries = unit_rows(rng, keys, 96), unit_rows(rng, 300, 96)
+    keys_ND[rng.integers(keys, size=keys // 3)] = keys_ND[0]
+    queries[:100] = keys_ND[:100]
+    spec = IndexSpec(kind="flat", dimension=96)
+    build_index(tmp_path, train_index(spec, keys_ND), spec, keys, lambda: [keys_ND])
+    index = ShardIndex(tmp_path, spec, 1)
+    for start, stop in ((0, keys), (500, keys), (0, 500)):
+        exact = (queries.astype(np.float64) @ keys_ND[start:stop].T.astype(np.float64)).astype(np.float32)
+        expected = np.argsort(-exact, axis=1, kind="stable")[:, :b]
+        for batch in (1, 20, 22, 150, 300):
+            found = [index.search(queries[i : i + batch], b, start, stop) for i in range(0, 300, batch)]
+            positions, scores = (np.concatenate(part) for part in zip(*found, strict=True))
+            np.testing.assert_array_equal(positions, start + expected)
+            np.testing.assert_array_equal(scores, np.take_along_axis(exact, expected, 1))
+
+
 @pytest.mark.parametrize("probes", [1, 5, 64])
 def test_which_lists_are_near_does_not_depend_on_the_batch(probes: int) -> None:
     """Vectors half-way between two centroids, of which FAISS takes the one or the other, as its blocks fall."""

@@ -28,6 +28,10 @@ from raexmc_ray.recipe import MemorySection
 
 _faiss: Any = faiss
 """For its classes whose constructors are made in Python, which no type checker sees."""
+faiss.cvar.distance_compute_blas_threshold = 2048
+"""From so many numbers of queries on FAISS searches flat keys, and centroids, by a matrix product. Its own threshold,
+128,000, is 334 queries of 384 numbers: up to there each query reads all keys for itself, and a batch of 8 takes twice
+the time, one of 32 to 256 four times."""
 FACTORY = "factory:"
 INDEX, VECTORS, POSITIONS = "index.faiss", "vectors.npy", "positions.npy"
 SEED = 0
