@@ -290,16 +290,30 @@ def test_a_writer_that_is_late_leaves_a_published_shard_alone(
     raexmc_ray.open(memory)
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damage", [None, tear, alter])
 def test_other_defaults_share_the_files_of_what_was_built(
-    memory: Path, corpus: Corpus, encoder: TextEncoder, damaged: bool
+    memory: Path, corpus: Corpus, encoder: TextEncoder, damage: Callable[[Path], None] | None
 ) -> None:
     old = snapshot(memory)
     index = (old / SHARD / "index.faiss").stat().st_ino
-    if damaged:
-        tear(old / "labels.parquet")
+    if damage:
+        damage(old / "labels.parquet")
     name = raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2), PredictionSection(k=3))
     assert name != old.name
-    assert ((snapshot(memory) / SHARD / "index.faiss").stat().st_ino == index) is not damaged
+    assert ((snapshot(memory) / SHARD / "index.faiss").stat().st_ino == index) is (damage is None)
     assert raexmc_ray.open(memory).manifest.defaults.k == 3
     assert len(raexmc_ray.open(memory).predict(["a text"])[0]) == 3
+
+
+def test_a_file_that_was_altered_in_two_snapshots_is_mended(memory: Path, corpus: Corpus, encoder: TextEncoder) -> None:
+    """They share it: what is said to be removed must not come back from the other one."""
+    expected = raexmc_ray.open(memory).predict(["a text"], evidence=3)
+    tuned, name = PredictionSection(k=3), f"{SHARD}/index.faiss"
+    raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2), tuned)
+    alter(snapshot(memory) / name)
+    raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2))
+    with pytest.raises(SnapshotError, match=f"{name}: .* Remove it, and run `raexmc build` again"):
+        raexmc_ray.open(memory)
+    (snapshot(memory) / name).unlink()
+    raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2))
+    assert raexmc_ray.open(memory).predict(["a text"], evidence=3) == expected

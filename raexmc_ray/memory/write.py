@@ -37,6 +37,7 @@ from raexmc_ray.memory.snapshot import (
     publish,
     publish_again,
     shard_file,
+    verify,
 )
 from raexmc_ray.recipe import MemorySection, PredictionSection
 
@@ -122,6 +123,8 @@ def published_before(plan: SnapshotPlan, corpus: Corpus, encoder: TextEncoder, d
             found = open_snapshot(plan.memory, name)
             made_of = corpus.fingerprint, encoder.fingerprint, plan.shards, plan.index
             if name == memory_id(*made_of, found.manifest.defaults):
+                for _ in verify(found):  # its files become this one's: an altered one would come back for ever
+                    pass
                 return with_defaults(plan.memory, found, corpus.fingerprint, defaults) == plan.id
     return False
 
