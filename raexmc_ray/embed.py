@@ -243,7 +243,7 @@ class _UnitEncoder:
         self._refused = ""  # for a call to say: Ray Data makes a trace of what is raised here
         try:
             self._encoder = keys_encoder(encoder, embeddings.folder, threads, gpu)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self._refused = str(error)
         self._embeddings, self._batch_size = embeddings, batch_size
 
@@ -265,7 +265,10 @@ class _UnitEncoder:
                 f"{len(wrong) - 1} others of its unit: the encoder's weights are broken"
             )
             return {"error": np.array([said])}
-        self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
+        try:
+            self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
+        except OSError as error:  # no space, no rights, a store that does not answer
+            return {"error": np.array([f"{self._embeddings.folder}: cannot be written: {error}"])}
         return {"rows": np.array([len(unit)])}
 
 
