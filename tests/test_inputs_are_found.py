@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,4 +127,13 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path, given: str
     assert [str(file) for file in find_inputs([f"{tmp_path}/{given}"])] == [f"{tmp_path}/in/sub/a.txt"]
     (tmp_path / "in/sub/e.txt").symlink_to("gone.txt")
     with pytest.raises(ValueError, match=r"/in/sub/e\.txt: is a link that leads nowhere"):
+        find_inputs([f"{tmp_path}/{given}"])
+
+
+@pytest.mark.parametrize("given", ["in", "in/*.txt", "**/*.txt", os.fsdecode(b"in/caf\xe9.txt")])
+def test_a_name_that_is_not_utf8_is_told_with_the_remedy(tmp_path: Path, given: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("vim\n")
+    (tmp_path / os.fsdecode(b"in/caf\xe9.txt")).write_text("emacs\n")
+    with pytest.raises(ValueError, match=rf"/{re.escape(given)}: cannot be listed: .*/caf\\\w+\.txt'.*: rename it"):
         find_inputs([f"{tmp_path}/{given}"])

@@ -105,7 +105,8 @@ def find_inputs(inputs: Sequence[str], written: Written | None = None) -> list[I
     inputs: paths, `s3://` or `gs://` URLs of files, globs (`*`, `**`, `[…]`; on this machine also `?`) or folders,
     which are searched to their last subfolder, links included, for names that end in one of `KINDS`. Hidden files and
     folders (`.name`, `_name`) are passed over unless they are spelled out, and so is what the caller has `written`.
-    Raises ValueError that names the input in which there is nothing to read, and a link that leads nowhere.
+    Raises ValueError that names the input in which there is nothing to read, a link that leads nowhere, or a name that
+    is not UTF-8.
     """
     found: dict[str, list[InputFile]] = defaultdict(list)
     for given in inputs:
@@ -114,6 +115,8 @@ def find_inputs(inputs: Sequence[str], written: Written | None = None) -> list[I
             listed = list(_expand(root))
         except OSError as error:
             raise ValueError(f"{root}: cannot be listed: {error}") from None
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise ValueError(f"{root}: cannot be listed: the name {error.object!r} is not UTF-8: rename it") from None
         files = [file for file in listed if not (written and written.has(file))]
         if not files:
             but = f", but for what this job writes to {written.output}" if written and listed else ""
