@@ -176,17 +176,17 @@ def embed_keys(
     sees. Raises ValueError, which names the row, for a text that cannot be encoded.
     """
     missing = embeddings.missing()
-    if not missing:
-        return
-    say_precision(embeddings.folder)
-    finished = len(table) - sum(map(embeddings.size, missing))
-    texts = table.select(["key_id", *(name for name in NAMES if name in table.column_names), "text"])
-    # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
-    blocks = [texts.slice(unit * UNIT_KEYS, embeddings.size(unit)).combine_chunks() for unit in missing]
-    arguments = (encoder, embeddings, section.batch_size, int(cluster.cpus_per_worker), cluster.gpu)
-    with Progress("embed", len(table), "keys", done=finished) as progress:
-        for keys in map_units(blocks, _UnitEncoder, arguments, cluster):
-            progress.add(keys)
+    if missing:
+        say_precision(embeddings.folder)
+        finished = len(table) - sum(map(embeddings.size, missing))
+        texts = table.select(["key_id", *(name for name in NAMES if name in table.column_names), "text"])
+        # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
+        blocks = [texts.slice(unit * UNIT_KEYS, embeddings.size(unit)).combine_chunks() for unit in missing]
+        arguments = (encoder, embeddings, section.batch_size, int(cluster.cpus_per_worker), cluster.gpu)
+        with Progress("embed", len(table), "keys", done=finished) as progress:
+            for keys in map_units(blocks, _UnitEncoder, arguments, cluster):
+                progress.add(keys)
+    embeddings.folder.remove_half_written("unit-")  # by actors that were killed
 
 
 def map_units(
