@@ -228,6 +228,18 @@ def test_building_again_leaves_a_published_snapshot_alone(tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "snapshots").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+def test_what_a_build_left_is_removed_by_the_next_that_finds_its_snapshot(
+    memory: Path, corpus: Corpus, encoder: TextEncoder, tuned: bool
+) -> None:
+    """As of a build that was killed as soon as it had published, or before `tune` made the same snapshot."""
+    settings, defaults = MemorySection(shards=2), PredictionSection(k=3) if tuned else PredictionSection()
+    plan = SnapshotPlan.of(Folder.at(memory), corpus, encoder, settings, defaults)
+    train(plan, np.empty((0, encoder.dimension), np.float32))
+    assert raexmc_ray.build(corpus, encoder, memory, settings, defaults) == plan.id
+    assert not list((memory / "building").iterdir())
+
+
 @pytest.mark.parametrize("when", ["while it embeds", "while it writes a shard", "while it writes what they share"])
 def test_a_build_that_another_one_outran_leaves_the_published_files_alone(
     when: str, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch

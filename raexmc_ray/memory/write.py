@@ -114,10 +114,17 @@ class SnapshotPlan:
 
 
 def published_before(plan: SnapshotPlan, corpus: Corpus, encoder: TextEncoder, defaults: PredictionSection) -> bool:
-    """Make the plan's snapshot the current one where an earlier run finished it, or one of the same keys with other
-    defaults, whose files it then has; whether there was one. Raises NewerSnapshotError."""
-    if publish_again(plan.memory, plan.id):
-        return True
+    """Make the plan's snapshot the current one where an earlier run finished it, or a whole one of the same keys with
+    other defaults, whose files it then has; whether there was one. Raises NewerSnapshotError."""
+    if not publish_again(plan.memory, plan.id) and not _published_from_another(plan, corpus, encoder, defaults):
+        return False
+    plan.work.remove()  # left by a build that was killed as soon as it had published
+    return True
+
+
+def _published_from_another(
+    plan: SnapshotPlan, corpus: Corpus, encoder: TextEncoder, defaults: PredictionSection
+) -> bool:
     for name in list_snapshots(plan.memory):
         with suppress(SnapshotError):  # a damaged one is none
             found = open_snapshot(plan.memory, name)
