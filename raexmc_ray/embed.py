@@ -176,17 +176,17 @@ def embed_keys(
     sees. Raises ValueError, which names the row, for a text that cannot be encoded.
     """
     missing = embeddings.missing()
-    if not missing:
-        return
-    say_precision(embeddings.folder)
-    finished = len(table) - sum(map(embeddings.size, missing))
-    texts = table.select(["key_id", *(name for name in NAMES if name in table.column_names), "text"])
-    # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
-    blocks = [texts.slice(unit * UNIT_KEYS, embeddings.size(unit)).combine_chunks() for unit in missing]
-    arguments = (encoder, embeddings, section.batch_size, int(cluster.cpus_per_worker), cluster.gpu)
-    with Progress("embed", len(table), "keys", done=finished) as progress:
-        for keys in map_units(blocks, _UnitEncoder, arguments, cluster):
-            progress.add(keys)
+    if missing:
+        say_precision(embeddings.folder)
+        finished = len(table) - sum(map(embeddings.size, missing))
+        texts = table.select(["key_id", *(name for name in NAMES if name in table.column_names), "text"])
+        # One block a unit, so that a unit reaches an actor whole, and is batched the same way whoever does it.
+        blocks = [texts.slice(unit * UNIT_KEYS, embeddings.size(unit)).combine_chunks() for unit in missing]
+        arguments = (encoder, embeddings, section.batch_size, int(cluster.cpus_per_worker), cluster.gpu)
+        with Progress("embed", len(table), "keys", done=finished) as progress:
+            for keys in map_units(blocks, _UnitEncoder, arguments, cluster):
+                progress.add(keys)
+    embeddings.folder.remove_half_written("unit-")  # by actors that were killed
 
 
 def map_units(
@@ -243,7 +243,7 @@ class _UnitEncoder:
         self._refused = ""  # for a call to say: Ray Data makes a trace of what is raised here
         try:
             self._encoder = keys_encoder(encoder, embeddings.folder, threads, gpu)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self._refused = str(error)
         self._embeddings, self._batch_size = embeddings, batch_size
 
@@ -265,7 +265,10 @@ class _UnitEncoder:
                 f"{len(wrong) - 1} others of its unit: the encoder's weights are broken"
             )
             return {"error": np.array([said])}
-        self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
+        try:
+            self._embeddings.write(unit["key_id"][0].as_py() // UNIT_KEYS, vectors_ND)
+        except OSError as error:  # no space, no rights, a store that does not answer
+            return {"error": np.array([f"{self._embeddings.folder}: cannot be written: {error}"])}
         return {"rows": np.array([len(unit)])}
 
 

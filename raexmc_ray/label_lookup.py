@@ -13,7 +13,9 @@ class LabelLookup:
     """Finds labels in an Arrow table (index, uid, text) of millions: two orders of 4 bytes a label, no dictionary."""
 
     def __init__(self, labels: pa.Table) -> None:
-        self.table = labels.combine_chunks()
+        # Large strings: of plain ones a column holds two gigabytes, and what can be folded is two thirds of that.
+        strings = {name: labels[name].cast(pa.large_string()) for name in ("uid", "text")}
+        self.table = pa.table({"index": labels["index"], **strings}).combine_chunks()
         self._uids = _Sorted(self.table["uid"])
         self._texts = _Sorted(_fold(self.table["text"]))
 
@@ -44,10 +46,10 @@ def _fold(text: pa.ChunkedArray | pa.Scalar) -> pa.ChunkedArray | pa.Scalar:
 
 
 class _Sorted:
-    """A column of strings and the order that sorts it."""
+    """A column of large strings and the order that sorts it."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        self._values = column.combine_chunks().cast(pa.large_string())
+        self._values = column.combine_chunks()
         self._order = pc.sort_indices(self._values).to_numpy().astype(np.int32)
 
     def value(self, index: int) -> str:

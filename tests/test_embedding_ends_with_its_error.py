@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 from pathlib import Path
 
@@ -64,6 +65,20 @@ def test_an_encoder_that_a_node_does_not_see_is_told_with_the_remedy(tmp_path: P
     (said,) = _UnitEncoder(Folder.at(tmp_path / "encoder"), embeddings, 64, 1, gpu=False)(unit)["error"]
     remedy = "set cluster.storage, or --output, to a folder that is"
     assert said == f"{tmp_path}/encoder: is not seen by every node: {remedy}"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    tiny_encoder().save(tmp_path / "encoder")
+    unit = pa.table({"key_id": [0], "text": ["a text"]})
+    folder = tmp_path / "embeddings"
+    arguments = Folder.at(tmp_path / "encoder"), Embeddings(Folder.at(folder), 1, 1, "float32"), 64, 1
+    worker = _UnitEncoder(*arguments, gpu=False)
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")  # no folder can be made there
+    (said,) = worker(unit)["error"]
+    assert said.startswith(f"{folder}: cannot be written: ")
+    (said,) = _UnitEncoder(*arguments, gpu=False)(unit)["error"]
+    assert str(folder) in said
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,15 @@ def test_keys_that_two_kinds_of_hardware_begin_at_once_are_refused(
         embed_keys(table, Folder.at(tmp_path / "encoder"), embeddings, EncoderSection(), ClusterSection())
 
 
+def test_half_a_unit_of_a_killed_actor_is_removed(tmp_path: Path) -> None:
+    embeddings = Embeddings(Folder.at(tmp_path / "keys"), 1, 1, "float32")
+    embeddings.write(0, np.ones((1, 4), np.float32))
+    (tmp_path / "keys/.unit-000000.arrow.abc").write_bytes(b"half of it")
+    table = pa.table({"key_id": [0], "text": ["a text"]})
+    embed_keys(table, Folder.at(tmp_path / "encoder"), embeddings, EncoderSection(), ClusterSection())
+    assert [path.name for path in (tmp_path / "keys").iterdir()] == ["unit-000000.arrow"]
+
+
 @pytest.mark.parametrize("begun", ["bfloat16", "float32"])
 def test_files_are_embedded_in_one_precision_whatever_hardware_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: Precision

@@ -202,3 +202,21 @@ def test_bad_raw_text_is_named(tmp_path: Path, damage: Callable[[Path], object],
 def test_a_pickle_in_the_relevance_is_not_loaded(tmp_path: Path) -> None:
     np.savez(write_raw(tmp_path) / "Y.trn.npz", format=np.array({"code": 1}, object))
     refused(tmp_path, "Y.trn.npz", "not a whole SciPy sparse matrix")
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    """As Spark writes them. A test part that is one is not taken for none."""
+    layouts: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
+        "json": (write_tiny_corpus, ["tst.json", "trn.json", "lbl.json", "filter_labels_test.txt"]),
+        "parquet": (write_parquet, ["test.parquet", "instances.parquet", "labels.parquet"]),
+        "raw": (write_raw, ["raw/tst_X.txt", "raw/trn_X.txt", "Y.trn.npz", "raw/Y.txt"]),
+    }
+    for layout, (write, names) in layouts.items():
+        for name in names:
+            folder = tmp_path / layout / name.replace("/", "-")
+            folder.mkdir(parents=True)
+            write(folder)
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).mkdir()
+            (folder / name / "part-0").write_bytes(b"")
+            refused(folder, f"{name}: is a folder, and must be one file")

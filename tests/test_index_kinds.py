@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
+import shutil
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -130,6 +134,50 @@ def test_blocks_change_nothing_and_the_size_is_as_planned(tmp_path: Path, kind: 
     if kind != "hnsw":  # its links depend on the order in which threads add
         assert contents[0] == contents[1]
     assert sum(map(len, contents[0].values())) == pytest.approx(shard_bytes(spec, len(keys)), rel=0.15)
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+import numpy as np
+from raexmc_ray.memory.kinds import IndexSpec, build_index, train_index
+from raexmc_ray.recipe import MemorySection
+
+keys = np.eye(64, dtype=np.float32)[np.arange(20_000) % 64]
+spec = IndexSpec.of(MemorySection(index=sys.argv[1]), len(keys), 64)
+try:
+    build_index(Path(sys.argv[2]), train_index(spec, keys), spec, len(keys), lambda: [keys])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("kind", "file"), [("flat", "index.faiss"), ("ivf-pq", "vectors.npy")])
+def test_a_full_disk_ends_a_build_with_an_error_that_names_the_file(tmp_path: Path, kind: str, file: str) -> None:
+    """On a disk of a megabyte, which is there for one process only. A page that is mapped, and has no room, kills."""
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$0"'
+    if not shutil.which("unshare") or subprocess.run([*alone, mount, tmp_path], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    command = [*alone, f'{mount} && exec "$@"', tmp_path, sys.executable, "-c", FULL_DISK, kind, tmp_path]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"[Errno 28] No space left on device: '{tmp_path / file}'\n")
+
+
+def test_an_index_whose_last_bytes_find_no_room_is_refused(tmp_path: Path) -> None:
+    spec, keys = IndexSpec(kind="flat", dimension=64), unit_rows(np.random.default_rng(0), 100, 64)
+
+    def build() -> None:
+        build_index(tmp_path, train_index(spec, keys), spec, len(keys), lambda: [keys])
+
+    build()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "index.faiss").stat().st_size - 1, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/index\.faiss'"):
+            build()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("string", ["IVF64,Flat", "PCA32,IVF64,Flat", "IVF64,SQ8,Refine(Flat)"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,25 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over_by_a_glob(tmp_path: P
             list(_expand(Folder(there, f"{tmp_path}/{pattern}")))
     (found,) = _expand(Folder(there, f"{tmp_path}/*=1/*.txt"))  # the pattern does not lead there
     assert found.file.name == "a.txt"
+
+
+@pytest.mark.parametrize("given", ["in", "in/*", "in/**/*.txt", "in/sub", "i*"])
+def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path, given: str) -> None:
+    """Its rows would be missing in silence."""
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "in/sub/a.txt").write_text("vim\n")
+    for link in ("in/.b.txt", "in/sub/_c.txt", "in/sub/d.csv"):  # which nobody reads
+        (tmp_path / link).symlink_to("gone.txt")
+    assert [str(file) for file in find_inputs([f"{tmp_path}/{given}"])] == [f"{tmp_path}/in/sub/a.txt"]
+    (tmp_path / "in/sub/e.txt").symlink_to("gone.txt")
+    with pytest.raises(ValueError, match=r"/in/sub/e\.txt: is a link that leads nowhere"):
+        find_inputs([f"{tmp_path}/{given}"])
+
+
+@pytest.mark.parametrize("given", ["in", "in/*.txt", "**/*.txt", os.fsdecode(b"in/caf\xe9.txt")])
+def test_a_name_that_is_not_utf8_is_told_with_the_remedy(tmp_path: Path, given: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("vim\n")
+    (tmp_path / os.fsdecode(b"in/caf\xe9.txt")).write_text("emacs\n")
+    with pytest.raises(ValueError, match=rf"/{re.escape(given)}: cannot be listed: .*/caf\\\w+\.txt'.*: rename it"):
+        find_inputs([f"{tmp_path}/{given}"])

@@ -217,6 +217,15 @@ def test_parquet_with_other_columns_is_refused(tmp_path: Path, columns: dict, sa
         read_all(tmp_path)
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["1"]), pa.array(["vim"]), pa.array(["emacs"])]
+    pq.write_table(pa.table(columns, names=["id", "text", "text"]), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: has 2 columns 'text': rename one, or .* by --text-column"):
+        read_all(tmp_path)
+    pq.write_table(pa.table(columns, names=["id", "text", "other"]), tmp_path / "x.parquet")
+    assert read_all(tmp_path) == [("1", "vim")]
+
+
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("vim\nemacs\n")

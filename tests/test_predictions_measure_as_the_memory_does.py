@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.sparse as sp
 from helpers import corpus_of, random_relevance, tiny_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,9 @@ from raexmc_ray.evaluation import evaluate, predictions
 from raexmc_ray.evaluation.compare import compare
 from raexmc_ray.evaluation.predictions import PredictedRows, by_row, evaluate_predictions
 from raexmc_ray.files import Folder
+from raexmc_ray.inputs.find import find_inputs
+from raexmc_ray.inputs.rows import Columns
+from raexmc_ray.inputs.units import Unit, UnitReader, cut_file
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.predict import aggregate
 from raexmc_ray.recipe import CorpusSection, Neighbours, PredictionSection, Recipe
@@ -193,3 +197,18 @@ def test_what_does_not_fit_the_rows_is_refused(memory: raexmc_ray.Memory, corpus
     paths[0].write_bytes(paths[0].read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"part-0\.parquet: is no file of predictions, or torn"):
         evaluate_predictions(Folder.at(tmp_path), corpus, SECTION)
+
+
+def test_lines_of_a_raw_text_corpus_that_were_scored_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for name, texts in (("trn_X", "one\ntwo\n"), ("tst_X", "three\nfour\nfive\n"), ("Y", "a label\n")):
+        (tmp_path / f"raw/{name}.txt").write_text(texts)
+    for name, rows in (("trn", 2), ("tst", 3)):
+        sp.save_npz(tmp_path / f"Y.{name}.npz", sp.csr_matrix(np.ones((rows, 1), np.float32)))
+    (file,) = find_inputs([str(tmp_path / "raw/tst_X.txt")])
+    (unit,) = cut_file(file, Columns()).table(0, np.arange(1)).to_pylist()
+    ids = UnitReader([file], Columns()).read(Unit(**unit)).ids  # with which they are scored
+    found = pa.table({"id": ids, "labels": pa.array([[0]] * 3, pa.list_(pa.int64()))})
+    pq.write_table(found, tmp_path / "part.parquet")
+    with pytest.raises(ValueError, match=r"id '3' is no uid .* from 1 .* from 0 .*: score the test part as JSON lines"):
+        evaluate_predictions(Folder.at(tmp_path), read_corpus(tmp_path), SECTION)

@@ -61,17 +61,20 @@ def inputs(tmp_path: Path, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.ray
-def test_evidence_has_the_beginning_of_a_long_text(ray_cluster: str, tmp_path: Path) -> None:
+def test_labels_and_evidence_have_the_beginning_of_a_long_text(ray_cluster: str, tmp_path: Path) -> None:
     corpus = corpus_of(sp.csr_matrix(np.eye(2, dtype=np.float32)))
-    texts = ["an instance " * 200, "another one"]
+    texts, label_texts = ["an instance " * 200, "another one"], ["a label " * 200, "another label"]
     train = replace(corpus.train, texts=corpus.train.texts.set_column(1, "text", pa.array(texts)))
-    raexmc_ray.build(replace(corpus, train=train), tiny_encoder(), tmp_path / "memory")
+    labels = corpus.labels.set_column(1, "text", pa.array(label_texts))
+    raexmc_ray.build(replace(corpus, train=train, labels=labels), tiny_encoder(), tmp_path / "memory")
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": "an instance"}) + "\n")
     run(tmp_path / "memory", [tmp_path / "a.jsonl"], tmp_path / "out", encoders=1, evidence=9)
     (row,) = pq.read_table(tmp_path / "out/predictions").to_pylist()
     said = {vote["uid"]: vote["text"] for votes in row["evidence"] for vote in votes}
     assert said["x0"] == texts[0][:999] + "\u2026"
     assert said["x1"] == texts[1]
+    shown = dict(zip(row["label_uids"], row["label_texts"], strict=True))
+    assert shown == {"z0": label_texts[0][:999] + "\u2026", "z1": label_texts[1]}
 
 
 @pytest.mark.ray

@@ -228,6 +228,18 @@ def test_building_again_leaves_a_published_snapshot_alone(tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "snapshots").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+def test_what_a_build_left_is_removed_by_the_next_that_finds_its_snapshot(
+    memory: Path, corpus: Corpus, encoder: TextEncoder, tuned: bool
+) -> None:
+    """As of a build that was killed as soon as it had published, or before `tune` made the same snapshot."""
+    settings, defaults = MemorySection(shards=2), PredictionSection(k=3) if tuned else PredictionSection()
+    plan = SnapshotPlan.of(Folder.at(memory), corpus, encoder, settings, defaults)
+    train(plan, np.empty((0, encoder.dimension), np.float32))
+    assert raexmc_ray.build(corpus, encoder, memory, settings, defaults) == plan.id
+    assert not list((memory / "building").iterdir())
+
+
 @pytest.mark.parametrize("when", ["while it embeds", "while it writes a shard", "while it writes what they share"])
 def test_a_build_that_another_one_outran_leaves_the_published_files_alone(
     when: str, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
@@ -290,16 +302,30 @@ def test_a_writer_that_is_late_leaves_a_published_shard_alone(
     raexmc_ray.open(memory)
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damage", [None, tear, alter])
 def test_other_defaults_share_the_files_of_what_was_built(
-    memory: Path, corpus: Corpus, encoder: TextEncoder, damaged: bool
+    memory: Path, corpus: Corpus, encoder: TextEncoder, damage: Callable[[Path], None] | None
 ) -> None:
     old = snapshot(memory)
     index = (old / SHARD / "index.faiss").stat().st_ino
-    if damaged:
-        tear(old / "labels.parquet")
+    if damage:
+        damage(old / "labels.parquet")
     name = raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2), PredictionSection(k=3))
     assert name != old.name
-    assert ((snapshot(memory) / SHARD / "index.faiss").stat().st_ino == index) is not damaged
+    assert ((snapshot(memory) / SHARD / "index.faiss").stat().st_ino == index) is (damage is None)
     assert raexmc_ray.open(memory).manifest.defaults.k == 3
     assert len(raexmc_ray.open(memory).predict(["a text"])[0]) == 3
+
+
+def test_a_file_that_was_altered_in_two_snapshots_is_mended(memory: Path, corpus: Corpus, encoder: TextEncoder) -> None:
+    """They share it: what is said to be removed must not come back from the other one."""
+    expected = raexmc_ray.open(memory).predict(["a text"], evidence=3)
+    tuned, name = PredictionSection(k=3), f"{SHARD}/index.faiss"
+    raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2), tuned)
+    alter(snapshot(memory) / name)
+    raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2))
+    with pytest.raises(SnapshotError, match=f"{name}: .* Remove it, and run `raexmc build` again"):
+        raexmc_ray.open(memory)
+    (snapshot(memory) / name).unlink()
+    raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2))
+    assert raexmc_ray.open(memory).predict(["a text"], evidence=3) == expected

@@ -11,9 +11,17 @@ from typing import IO
 from raexmc_ray.corpus.types import CorpusError
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file at this path. A folder, as Spark writes one in a file's stead, is refused: passed over,
+    all its rows would be missing in silence."""
+    if path.is_dir():
+        raise CorpusError(path, "is a folder, and must be one file: write its parts into one")
+    return path.is_file()
+
+
 def find(folder: Path, name: str) -> Path | None:
     """`folder/name`, or its gzip, or None. Both at once is ambiguous, and refused."""
-    found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+    found = [path for path in (folder / name, folder / f"{name}.gz") if is_there(path)]
     if len(found) > 1:
         raise CorpusError(found[0], f"{found[1].name} is there too: keep one of the two")
     return found[0] if found else None

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raexmc_ray.corpus.lines import check_text, find, read_pairs
+from raexmc_ray.corpus.lines import check_text, find, is_there, read_pairs
 from raexmc_ray.corpus.types import Corpus, CorpusError, Split, pair_matrix
 
 
@@ -23,14 +23,14 @@ def read(folder: Path, fields: Sequence[str]) -> Corpus:
     test_path = folder / "test.parquet"
     test = (
         _read_split(test_path, len(labels), find(folder, "filter_labels_test.txt"))
-        if test_path.is_file()
+        if is_there(test_path)
         else train.take(np.arange(0))
     )
     return Corpus(train, test, labels)
 
 
 def _read_table(path: Path) -> pa.Table:
-    if not path.is_file():
+    if not is_there(path):
         raise CorpusError(path, "is missing")
     try:
         table = pq.read_table(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from raexmc_ray.corpus.lines import check_text, find, read_lines, read_pairs
+from raexmc_ray.corpus.lines import check_text, find, is_there, read_lines, read_pairs
 from raexmc_ray.corpus.types import Corpus, CorpusError, Split, pair_matrix, text_table
 
 
@@ -22,14 +22,14 @@ def read(folder: Path, fields: Sequence[str]) -> Corpus:
     train = _read_split(folder, "trn", "train", labels)
     test = (
         _read_split(folder, "tst", "test", labels)
-        if (folder / "raw" / "tst_X.txt").is_file()
+        if is_there(folder / "raw" / "tst_X.txt")
         else train.take(np.arange(0))
     )
     return Corpus(train, test, text_table([str(i) for i in range(len(labels))], labels))
 
 
 def _read_texts(path: Path) -> list[str]:
-    if not path.is_file():
+    if not is_there(path):
         raise CorpusError(path, "is missing")
     texts = [check_text(path, number, "text", line) for number, line in read_lines(path)]
     if not texts:
@@ -53,7 +53,7 @@ NOT_A_MATRIX = (
 
 
 def _read_relevance(path: Path, shape: tuple[int, int]) -> sp.csr_matrix:
-    if not path.is_file():
+    if not is_there(path):
         raise CorpusError(path, "is missing: it holds the relevance")
     try:
         loaded = sp.load_npz(path)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raexmc_ray.corpus import json_lines, parquet, raw_text
+from raexmc_ray.corpus.lines import is_there
 from raexmc_ray.corpus.types import Corpus, CorpusError
 
 Reader = Callable[[Path, Sequence[str]], Corpus]
@@ -31,7 +32,7 @@ def read_corpus(path: str | Path, fields: Sequence[str] = ("title",), holdout: f
     if not folder.is_dir():
         raise FileNotFoundError(f"no corpus folder at {folder}: set corpus.path to a folder that exists")
     for name, reader in LAYOUTS.items():
-        if (folder / name).is_file():
+        if is_there(folder / name):
             if reader is not json_lines.read and tuple(fields) != ("title",):
                 logger.warning(
                     "corpus.fields is %s, and does nothing: %s has one text a row, and no fields",

@@ -185,9 +185,15 @@ def _test_rows(written: PredictedRows, corpus: Corpus) -> np.ndarray:
     found = pc.index_in(written.ids, value_set=uids)
     if found.null_count:
         place = int(np.flatnonzero(found.is_null())[0])
+        id_, remedy = written.ids[place].as_py(), "score the test part, with its uids as ids (--id-column)"
+        if id_ == str(len(uids)) and uids[0].as_py() == "0":  # as of raw/tst_X.txt of the raw text layout
+            remedy = (
+                "lines of a text file are counted from 1 where they are scored, and from 0 in the corpus: score the "
+                'test part as JSON lines, {"id": UID, "text": TEXT}'
+            )
         raise ValueError(
-            f"{written.names[written.files[place]]}: id {written.ids[place].as_py()!r} is no uid of the corpus's test "
-            f"part ({found.null_count:,} such ids): score the test part, with its uids as ids (--id-column)"
+            f"{written.names[written.files[place]]}: id {id_!r} is no uid of the corpus's test part "
+            f"({found.null_count:,} such ids): {remedy}"
         )
     row = found.to_numpy().astype(np.int64)
     times = np.bincount(row, minlength=len(uids))

@@ -69,18 +69,18 @@ class Written:
 
 
 class _Lister(ArrowFSWrapper):
-    """Passes over no folder that it cannot list, where the pattern leads there: rows would be missing in silence. `**`
-    follows a link that leads back up once, not round and round."""
+    """Passes over no folder that it cannot list, where the pattern leads there, and no link that leads nowhere: rows
+    would be missing in silence. `**` follows a link that leads back up once, not round and round."""
 
     def glob(self, path: str, *args: Any, **kwargs: Any) -> Any:
         self._pattern = path.strip("/").split("/")
         return super().glob(path, *args, **kwargs)
 
-    def ls(self, path: str, *args: Any, **kwargs: Any) -> Any:
+    def ls(self, path: str, detail: bool = False, **kwargs: Any) -> Any:
         if "**" in self._pattern and self._comes_round(path):
             return []
         try:
-            return super().ls(path, *args, **kwargs)
+            found = super().ls(path, detail, **kwargs)
         except FileNotFoundError:
             raise
         except OSError as error:  # of which `walk` makes an empty folder
@@ -88,6 +88,8 @@ class _Lister(ArrowFSWrapper):
             if any("**" in wanted for _, wanted in leading) or all(fnmatchcase(*pair) for pair in leading):
                 raise ValueError(f"{path}: cannot be listed: {error}") from None
             raise
+        links = _nowhere(path) if isinstance(self.fs, pafs.LocalFileSystem) else []
+        return [*found, *({"name": link, "size": 0, "type": "file"} if detail else link for link in links)]
 
     def _comes_round(self, path: str) -> bool:
         """Whether the way to a folder of this machine has been through the same one twice."""
@@ -103,7 +105,8 @@ def find_inputs(inputs: Sequence[str], written: Written | None = None) -> list[I
     inputs: paths, `s3://` or `gs://` URLs of files, globs (`*`, `**`, `[…]`; on this machine also `?`) or folders,
     which are searched to their last subfolder, links included, for names that end in one of `KINDS`. Hidden files and
     folders (`.name`, `_name`) are passed over unless they are spelled out, and so is what the caller has `written`.
-    Raises ValueError that names the input in which there is nothing to read.
+    Raises ValueError that names the input in which there is nothing to read, a link that leads nowhere, or a name that
+    is not UTF-8.
     """
     found: dict[str, list[InputFile]] = defaultdict(list)
     for given in inputs:
@@ -112,6 +115,8 @@ def find_inputs(inputs: Sequence[str], written: Written | None = None) -> list[I
             listed = list(_expand(root))
         except OSError as error:
             raise ValueError(f"{root}: cannot be listed: {error}") from None
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise ValueError(f"{root}: cannot be listed: the name {error.object!r} is not UTF-8: rename it") from None
         files = [file for file in listed if not (written and written.has(file))]
         if not files:
             but = f", but for what this job writes to {written.output}" if written and listed else ""
@@ -152,7 +157,8 @@ def _in_folder(folder: Folder) -> Iterator[InputFile]:
         shown = _walk(folder)
     else:
         shown = _shown(folder, folder.filesystem.get_file_info(pafs.FileSelector(folder.path, recursive=True)))
-    yield from _of_known_kinds(folder, [info for info in shown if info.type == pafs.FileType.File])
+    files = (pafs.FileType.File, pafs.FileType.NotFound)
+    yield from _of_known_kinds(folder, [info for info in shown if info.type in files])
 
 
 def _walk(root: Folder) -> Iterator[pafs.FileInfo]:
@@ -167,6 +173,7 @@ def _walk(root: Folder) -> Iterator[pafs.FileInfo]:
             continue
         done.add(place)
         infos = root.filesystem.get_file_info(pafs.FileSelector(path))
+        infos += [pafs.FileInfo(link, pafs.FileType.NotFound) for link in _nowhere(path)]
         for info in sorted(_shown(root, infos), key=lambda info: info.path):
             if info.type != pafs.FileType.Directory:
                 yield info
@@ -174,6 +181,14 @@ def _walk(root: Folder) -> Iterator[pafs.FileInfo]:
                 todo.append(info.path)
             else:
                 todo.appendleft(info.path)
+
+
+def _nowhere(path: str) -> list[str]:
+    """The links in a folder of this machine that lead nowhere: Arrow does not list them."""
+    if not os.path.isdir(path):
+        return []
+    with os.scandir(path) as entries:
+        return [entry.path for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]
 
 
 def _of_known_kinds(root: Folder, infos: Sequence[pafs.FileInfo]) -> Iterator[InputFile]:
@@ -196,6 +211,8 @@ def _readable(root: Folder, infos: Sequence[pafs.FileInfo]) -> Iterator[InputFil
         kind = kind_of(info.path)
         if kind:
             file = Folder(root.filesystem, info.path)
+            if info.type == pafs.FileType.NotFound:
+                raise ValueError(f"{file}: is a link that leads nowhere: mend it, or remove it")
             yield InputFile(file, kind, info.size, modified_ns(info, file))
 
 

@@ -241,6 +241,9 @@ def _cut_parquet(file: InputFile, columns: Columns) -> CutFile:
     for name, flag in columns.flags:
         if name not in schema.names:
             raise ValueError(f"{file}: has no column {name!r}; it has {schema.names}: name one by {flag}")
+        times = schema.names.count(name)
+        if times > 1:
+            raise ValueError(f"{file}: has {times} columns {name!r}: rename one, or name another by {flag}")
         found = schema.field(name).type
         kind = found.value_type if pa.types.is_dictionary(found) else found
         strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -14,8 +14,11 @@ once on a sample of the whole memory, and shared. `index.py` searches them.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -246,7 +249,7 @@ def build_index(folder: Path, trained: Any, spec: IndexSpec, rows: int, blocks: 
     trained: from `train_index`; it is filled. blocks: gives the keys in the order of their positions, float16 or
     float32 [n, d] a block; it is called once, or twice for inverted lists. Of `ivf-fp16` the sizes are counted before
     they are filled, because lists that grow take up to twice the memory; of `ivf-pq` the keys to rescore with are
-    written in the order of the lists.
+    written in the order of the lists. Raises OSError, which names the file that the disk has no room for.
     """
     index = trained
     if spec.kind.startswith("flat"):
@@ -271,7 +274,9 @@ def build_index(folder: Path, trained: Any, spec: IndexSpec, rows: int, blocks: 
             index.add(block_ND)
         if spec.has_vectors:
             _write_vectors(folder, index.invlists, (rows, spec.dimension), blocks())
-    faiss.write_index(index, str(folder / INDEX))
+    # Through Python's file: of FAISS's own nobody hears where its last bytes find no room.
+    with _naming(folder / INDEX), (folder / INDEX).open("wb") as file:
+        faiss.write_index(index, _faiss.PyCallbackIOWriter(file.write))
 
 
 def _write_vectors(folder: Path, lists: Any, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> None:
@@ -285,11 +290,33 @@ def _write_vectors(folder: Path, lists: Any, shape: tuple[int, int], blocks: Ite
     positions_N = np.concatenate([np.empty(0, np.int64), *ids]).astype(np.int32)
     np.save(folder / POSITIONS, positions_N)
     places_N, start = inverse(positions_N), 0
-    vectors_ND = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float16, shape)
+    with _naming(folder / VECTORS):
+        vectors_ND = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float16, shape)
+        _reserve(folder / VECTORS)
     for block_ND in blocks:
         vectors_ND[places_N[start : start + len(block_ND)]] = block_ND
         start += len(block_ND)
     vectors_ND.flush()
+
+
+def _reserve(path: Path) -> None:
+    """Have the disk keep room for all of a file with holes: where there is none for a page that is mapped, the kernel
+    kills the process. Raises OSError."""
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a filesystem that cannot
+                raise
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have an OSError, which tells of an open file only what is wrong with it, name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def inverse(permutation_N: np.ndarray) -> np.ndarray:

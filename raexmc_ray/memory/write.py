@@ -37,6 +37,7 @@ from raexmc_ray.memory.snapshot import (
     publish,
     publish_again,
     shard_file,
+    verify,
 )
 from raexmc_ray.recipe import MemorySection, PredictionSection
 
@@ -113,15 +114,24 @@ class SnapshotPlan:
 
 
 def published_before(plan: SnapshotPlan, corpus: Corpus, encoder: TextEncoder, defaults: PredictionSection) -> bool:
-    """Make the plan's snapshot the current one where an earlier run finished it, or one of the same keys with other
-    defaults, whose files it then has; whether there was one. Raises NewerSnapshotError."""
-    if publish_again(plan.memory, plan.id):
-        return True
+    """Make the plan's snapshot the current one where an earlier run finished it, or a whole one of the same keys with
+    other defaults, whose files it then has; whether there was one. Raises NewerSnapshotError."""
+    if not publish_again(plan.memory, plan.id) and not _published_from_another(plan, corpus, encoder, defaults):
+        return False
+    plan.work.remove()  # left by a build that was killed as soon as it had published
+    return True
+
+
+def _published_from_another(
+    plan: SnapshotPlan, corpus: Corpus, encoder: TextEncoder, defaults: PredictionSection
+) -> bool:
     for name in list_snapshots(plan.memory):
         with suppress(SnapshotError):  # a damaged one is none
             found = open_snapshot(plan.memory, name)
             made_of = corpus.fingerprint, encoder.fingerprint, plan.shards, plan.index
             if name == memory_id(*made_of, found.manifest.defaults):
+                for _ in verify(found):  # its files become this one's: an altered one would come back for ever
+                    pass
                 return with_defaults(plan.memory, found, corpus.fingerprint, defaults) == plan.id
     return False
 

@@ -32,8 +32,9 @@ from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.recipe import ClusterSection, Precision, PredictionSection
 from raexmc_ray.score.predictions import no_predictions, predictions_table
 
-EVIDENCE_CHARACTERS = 1000
-"""Of the text of a key that voted, as in a reply over HTTP: those of all votes of a unit are in memory together."""
+TEXT_CHARACTERS = 1000
+"""Of the text of a label, or of a key that voted, as in a reply over HTTP: those of all labels and votes of a unit are
+in memory together."""
 LEAST_CPUS = 0.01
 """What a shard actor reserves at least."""
 SHARD_PATIENCE_S = 1800.0
@@ -100,7 +101,8 @@ def _score_units(
 ) -> Iterator[int]:
     """Score these units; gives the rows that are done as they are done."""
     # One copy a node, which its actors share.
-    labels = ray.put(pq.read_table(opened.file(LABELS), columns=["uid", "text"]).combine_chunks())
+    shown = cut_texts(pq.read_table(opened.file(LABELS), columns=["uid", "text"]), TEXT_CHARACTERS)
+    labels = ray.put(shown.combine_chunks())
     nodes, cpus = _places_of_shards(opened.manifest, cluster)
     with ShardPool(memory, opened, cpus=cpus, timeout_s=SHARD_PATIENCE_S, nodes=nodes) as pool:
         arguments = (task, memory, pool, labels, _threads(cluster), cluster.gpu)
@@ -169,5 +171,5 @@ class _UnitScorer(UnitWorker):
         found, votes = aggregate(hits, lambda_=lambda_, temperature=temperature, k=settings.k), None
         if evidence:
             voted = vote_evidence(hits, found, lambda_=lambda_, temperature=temperature, keys=evidence)
-            votes = voted, cut_texts(self._pool.key_rows(voted.key_ids), EVIDENCE_CHARACTERS)
+            votes = voted, cut_texts(self._pool.key_rows(voted.key_ids), TEXT_CHARACTERS)
         return predictions_table(rows.ids, found, self._labels, votes), rows.rejected
