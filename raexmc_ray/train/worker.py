@@ -85,7 +85,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
             progress.update.remote(step, figures)
 
     folder = Folder.at(config["folder"])
-    strangers = count_strangers(folder / MARK, config["mark"], device)
+    strangers = count_strangers(folder / MARK, config["mark"], device, ranks)
     if strangers:
         if rank == 0:
             said = f"{strangers} of {ranks} workers do not see what the driver wrote into {folder}"
@@ -106,13 +106,13 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
         ray.get(progress.update.remote(state.step, {}))
 
 
-def count_strangers(mark: Folder, content: str, device: torch.device) -> int:
+def count_strangers(mark: Folder, content: str, device: torch.device, ranks: int) -> int:
     """How many of all ranks do not find this content at `mark`: the same on every rank."""
     ends = time.monotonic() + MARK_S
     while not (seen := mark.size() is not None and mark.read() == content.encode()) and time.monotonic() < ends:
         time.sleep(0.5)
     strangers = torch.tensor(float(not seen), device=device)
-    sum_over_ranks([strangers])
+    sum_over_ranks([strangers], ranks)
     return int(strangers)
 
 
