@@ -16,7 +16,7 @@ from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.tokens import Tokens
-from raexmc_ray.train.gather import sum_over_ranks
+from raexmc_ray.train.gather import is_torn, sum_over_ranks
 from raexmc_ray.train.loop import Loop, NonFiniteLossError, TrainingData
 from raexmc_ray.train.validate import HeldOut
 
@@ -38,7 +38,8 @@ def train_worker(config: dict[str, Any]) -> None:
         _train(Recipe.parse(config["recipe"]), config)
     except Exception as error:
         final = would_come_again(error)
-        if final is None:
+        # Where the group was taken away, for another worker failed, whatever this one met may follow from that.
+        if final is None or is_torn(ray.train.get_context().get_world_size()):
             raise
         ray.get(config["progress"].stop.remote(final))
         # Raised, for the others may wait for this one: Ray Train ends them.
@@ -72,7 +73,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     if rank == 0:
-        progress.begin.remote()
+        ray.get(progress.begin.remote())  # before any rank is past the first sum, and may say what ends the run
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
