@@ -33,6 +33,8 @@ class InductorError(RuntimeError):
     [
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), ValueError, r"\(CUDA out of memory\.\): lower"),
         (MemoryError(), ValueError, r"into a worker's memory \(MemoryError\): .*training\.gradient_cache=true"),
+        (RuntimeError("Error in void* faiss::gpu::allocMemory: StandardGpuResources: alloc fail type FlatData dev 0 "
+         "(cudaMalloc error out of memory [2])\n"), ValueError, r"mining or evaluating, lower encoder\.batch_size"),
         (InductorError("No working C++ compiler\n"), ValueError, r"\(No working C\+\+ compiler\): .*compile=false"),
         (FileNotFoundError(2, "No such file", "/a/b"), FileNotFoundError, "No such file.*/a/b"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "broken"), ValueError, "broken"),

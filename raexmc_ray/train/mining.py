@@ -144,6 +144,7 @@ def _index(vectors: np.ndarray, k: int) -> Any:
         index = faiss.index_factory(d, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
         index.nprobe = 16
     if k <= GPU_WIDTH and getattr(faiss, "get_num_gpus", lambda: 0)() and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # FAISS can have none of the memory that torch keeps for itself
         resources = faiss.StandardGpuResources()
         index = faiss.index_cpu_to_gpu(resources, torch.cuda.current_device(), index)
         index.resources = resources  # which must live as long as the index

@@ -23,6 +23,8 @@ from raexmc_ray.train.validate import HeldOut
 REPORT_EVERY_S = 1.0
 MARK = "driver"
 """File in a run's folder by which a worker knows that it is the driver's."""
+NO_MEMORY = ("can't allocate memory", "alloc fail", "cudaMalloc")
+"""Parts of a plain RuntimeError that says so: torch's on a CPU, FAISS's on a GPU."""
 MARK_S = 10.0
 """For what the driver wrote to be seen on another node."""
 
@@ -52,11 +54,11 @@ def would_come_again(error: Exception) -> Exception | None:
     Made anew, for it travels between processes, which not every error does.
     """
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    on_a_cpu = "can't allocate memory" in said  # which torch says by a plain RuntimeError
-    if on_a_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if any(words in said for words in NO_MEMORY) or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return ValueError(
             f"the training does not fit into a worker's memory ({said}): lower training.chunk_size, or set "
-            "training.gradient_cache=true, or lower training.batch_size"
+            "training.gradient_cache=true, or lower training.batch_size; where it was mining or evaluating, lower "
+            "encoder.batch_size, training.mining.depth or prediction.neighbours"
         )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # to import them takes seconds
         return ValueError(
