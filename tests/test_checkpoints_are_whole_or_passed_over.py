@@ -32,7 +32,7 @@ def trained() -> tuple[TextEncoder, torch.optim.Optimizer]:
 
 
 def step(encoder: TextEncoder, optimizer: torch.optim.Optimizer) -> None:
-    chunk = encoder.chunks(encoder.tokenize(["a text", "another"]), 2)[0]
+    (chunk,) = encoder.chunks(encoder.tokenize(["a text", "another"]), 2)
     encoder(chunk.ids, chunk.mask)[:, 0].sum().backward()
     optimizer.step()
     optimizer.zero_grad()

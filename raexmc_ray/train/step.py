@@ -72,7 +72,7 @@ def prepare(
     rows = batch.rows_B[batch.start : batch.stop]
     tokens = concatenate(instance_tokens.take(rows), label_tokens.take(labels))
     pin, device = encoder.device.type == "cuda", encoder.device
-    words, chunks = _distinct_words(encoder.chunks(tokens, settings.chunk_size))
+    words, chunks = _distinct_words(list(encoder.chunks(tokens, settings.chunk_size)))
     chunks = [chunk.pin() if pin else chunk for chunk in chunks]
     positive = batch.drawn if settings.objective.positives == "drawn" else batch.known
     masks = Masks(
