@@ -49,8 +49,8 @@ def loop_rate(in_chunks: bool) -> float:
         batch = sampler.batch(0, step)
         parts = texts.take(batch.rows_B), labels.take(batch.labels_C)
         size = settings.chunk_size
-        chunks = encoder.chunks(concatenate(*parts), size) if in_chunks else [
-            encoder.chunks(part, settings.batch_size)[0] for part in parts
+        chunks = list(encoder.chunks(concatenate(*parts), size)) if in_chunks else [
+            next(encoder.chunks(part, settings.batch_size)) for part in parts
         ]  # fmt: skip
         columns = np.full(len(batch.rows_B), -1)
         columns[np.repeat(np.arange(len(columns)), np.diff(batch.drawn.offsets))] = batch.drawn.columns

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -187,12 +187,11 @@ class TextEncoder(nn.Module):
         mean = (states * weights).sum(1) / weights.sum(1)
         return nn.functional.normalize(mean, dim=-1)
 
-    def chunks(self, tokens: Tokens, size: int, least: int = 1, call_tokens: int | None = None) -> list[Chunk]:
-        """`tokens` cut into chunks, the longest first, on the CPU: see `Tokens.chunks_by_length`."""
-        return [
-            Chunk(torch.from_numpy(rows), *part.padded(self._pad_id))
-            for rows, part in tokens.chunks_by_length(size, least, call_tokens)
-        ]
+    def chunks(self, tokens: Tokens, size: int, least: int = 1, call_tokens: int | None = None) -> Iterator[Chunk]:
+        """`tokens` cut into chunks, the longest first, on the CPU, each padded once it is asked for: see
+        `Tokens.chunks_by_length`."""
+        for rows, part in tokens.chunks_by_length(size, least, call_tokens):
+            yield Chunk(torch.from_numpy(rows), *part.padded(self._pad_id))
 
     def encode_tokens(self, tokens: Tokens, batch_size: int = 64) -> torch.Tensor:
         """The tower's embeddings float32 [texts, width] of `tokens`, on its device and in their own order."""
@@ -204,7 +203,8 @@ class TextEncoder(nn.Module):
             embeddings[on_device.rows] = self(on_device.ids, on_device.mask)
 
         chunks = self.chunks(tokens, batch_size, self._threads, CALL_TOKENS if self.device.type == "cpu" else None)
-        for _ in self._pool.map(embed, chunks) if self._pool and len(chunks) > 1 else map(embed, chunks):
+        # A pool has all of them padded at once; training has none, and encodes a rank's whole part of the keys.
+        for _ in self._pool.map(embed, chunks) if self._pool and len(tokens) > 1 else map(embed, chunks):
             pass  # what one raises is raised here
         return embeddings
 

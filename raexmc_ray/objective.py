@@ -23,6 +23,9 @@ import torch.nn.functional as F
 
 BLOCK_CELLS = 1 << 21
 """Similarities that `loss_and_gradients` has in memory at once, for each of about a dozen arrays."""
+BLOCK_QUERIES = 64
+"""Queries that it takes at once at least, beyond BLOCK_CELLS, too: each block reads all keys and adds to all of their
+gradients, which with few queries takes longer than the products."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def loss_and_gradients(
             keys.requires_grad_()
             keys.grad = torch.zeros_like(keys)
     C, N = len(labels), 0 if instances is None else len(instances)
-    rows = max(1, BLOCK_CELLS // (C + N))
+    rows = max(BLOCK_QUERIES, BLOCK_CELLS // (C + N))
     scale = 1 / len(queries) if scale is None else scale
     total = torch.zeros((), device=queries.device, dtype=queries.dtype)
     for start in range(0, len(queries), rows):

@@ -26,5 +26,6 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, function: Callable, ar
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     torch.save(function(rank, ranks, *arguments), folder / f"{ranks}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # or the function has taken it away
+        dist.barrier()
+        dist.destroy_process_group()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import resource
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ def trained() -> tuple[TextEncoder, torch.optim.Optimizer]:
 
 
 def step(encoder: TextEncoder, optimizer: torch.optim.Optimizer) -> None:
-    chunk = encoder.chunks(encoder.tokenize(["a text", "another"]), 2)[0]
+    (chunk,) = encoder.chunks(encoder.tokenize(["a text", "another"]), 2)
     encoder(chunk.ids, chunk.mask)[:, 0].sum().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -128,6 +131,32 @@ def test_what_is_torn_or_altered_is_passed_over(
     (tmp_path / "step-00000001" / SEAL).unlink()
     (newest / SEAL).write_text(json.dumps({"files": {}})[:-1])
     assert checkpoints.latest() is None
+
+
+def test_what_cannot_be_read_now_is_not_damaged(trained: tuple, tmp_path: Path) -> None:
+    """The run would begin again from an older one, and later delete this one and the best that it names."""
+    checkpoints = Checkpoints(Folder.at(tmp_path), keep=1)
+    for number in (1, 2):
+        checkpoints.write(number, *trained, {"step": number, "best_step": 1})
+        checkpoints.wait()
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        checkpoints.open(2)
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        checkpoints._best_of(2)
+    found = checkpoints.latest()
+    assert found is not None
+    assert (found.step, checkpoints.steps()) == (2, [1, 2])
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process can open none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_newest_and_the_best_stay(trained: tuple, tmp_path: Path) -> None:

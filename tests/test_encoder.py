@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,19 @@ def test_threads_change_no_embedding_and_hide_no_error() -> None:
     assert np.allclose(encoder.encode(texts, batch_size=2), expected, atol=1e-6)
     with pytest.raises(IndexError):
         encoder.encode_tokens(Tokens(np.array([1, 10**6], np.int32), np.arange(3)))
+
+
+def test_of_many_texts_only_those_that_are_encoded_are_padded() -> None:
+    encoder, texts = tiny_encoder(), 2_000
+    tokens = Tokens(np.full(texts * 16, 1000, np.int32), np.arange(0, texts * 16 + 1, 16))
+    padded = 2 * texts * 16 * 8  # ids and mask of all of them, int64
+    tracemalloc.start()
+    try:
+        encoder.encode_tokens(tokens, 64)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < padded / 3
 
 
 def test_nothing_in_nothing_out() -> None:

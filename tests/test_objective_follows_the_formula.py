@@ -143,7 +143,7 @@ def test_in_blocks_it_is_the_same_loss_with_the_same_gradients(
         return PairMask(torch.from_numpy(pairs.offsets), torch.from_numpy(pairs.columns))
 
     masks = Masks(mask(positive), mask(known), mask(shared), torch.arange(2, B + 2))
-    with mock.patch("raexmc_ray.objective.BLOCK_CELLS", cells):
+    with mock.patch.multiple("raexmc_ray.objective", BLOCK_CELLS=cells, BLOCK_QUERIES=1):
         loss, gradients = loss_and_gradients(q, z, x, masks, temperature=0.2)
     arrays = [a.clone().requires_grad_() for a in (q, z, x) if a is not None]
     expected = contrastive_loss(
@@ -160,6 +160,16 @@ def test_in_blocks_it_is_the_same_loss_with_the_same_gradients(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     for array, gradient in zip(arrays, gradients, strict=False):
         torch.testing.assert_close(gradient, array.grad)
+
+
+def test_however_many_keys_a_block_has_queries_enough_to_be_worth_reading_them() -> None:
+    rng = np.random.default_rng(0)
+    q, z = unit(rng, 130), unit(rng, 50_000)
+    pairs = PairMask(torch.arange(131), torch.from_numpy(rng.integers(50_000, size=130)))
+    masks = Masks(pairs, pairs, pairs, torch.arange(130))
+    with mock.patch("raexmc_ray.objective.contrastive_loss", wraps=contrastive_loss) as blocks:
+        loss_and_gradients(q, z, None, masks, temperature=0.2)
+    assert [len(call.args[0]) for call in blocks.call_args_list] == [64, 64, 2]
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:

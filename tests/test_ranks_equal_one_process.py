@@ -80,7 +80,7 @@ def test_gradient_caching_encodes_with_the_same_dropout() -> None:
 def agreed(rank: int, ranks: int, able: list[bool]) -> dict[str, Any]:
     """Whether ranks of these abilities compute in bfloat16."""
     with mock.patch("raexmc_ray.train.loop.bfloat16_is_native", return_value=able[rank]):
-        return {"bfloat16": agree_on_precision("auto", torch.device("cpu")) == "bfloat16"}
+        return {"bfloat16": agree_on_precision("auto", torch.device("cpu"), ranks) == "bfloat16"}
 
 
 @pytest.mark.parametrize("able", [[True, True], [True, False]])

@@ -40,6 +40,13 @@ def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path
     assert estimate("training.batch_size=4096", "cluster.workers=4", "cluster.cpus_per_worker=1") < plain
     assert estimate("training.batch_size=4096", "training.gradient_cache=true", "training.chunk_size=128") > cached
 
+    large, larger = (
+        estimate(f"training.batch_size={batch}", f"cluster.workers={batch // 4096}", "training.gradient_cache=true")
+        for batch in (65_536, 131_072)
+    )
+    keys = 2 * 65_536  # more: of each an embedding and its gradient, of its own and gathered, and 64 similarities
+    assert larger - large == keys * (encoder.width * 4 * 4 + 64 * 12 * 4)
+
     millions, mined = 10_000_000, ("training.mining.batches=neighbours", "training.mining.group=2")
     assert estimate(keys=millions) == estimate()
     embedded = millions / 2 * encoder.width * 4  # by each of two workers, of the instances

@@ -27,6 +27,8 @@ from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder, describe_file
 
 ENCODER, OPTIMIZER, STATE, SEAL = "encoder", "optimizer.safetensors", "state.json", "checkpoint.json"
+DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError)
+"""What is raised where a file is gone, or is not what was written; any other OSError may pass."""
 logger = logging.getLogger("raexmc_ray")
 
 
@@ -66,7 +68,10 @@ class Checkpoints:
         return sorted(int(name.removeprefix("step-")) for name in self.folder.names())
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None. One that is torn or altered is named in the log."""
+        """The newest checkpoint that is whole, or None. One that is torn or altered is named in the log.
+
+        Raises OSError where one cannot be read now: it may be whole, and what is older is no substitute for it.
+        """
         for step in reversed(self.steps()):
             checkpoint = self.open(step)
             if checkpoint is not None:
@@ -74,7 +79,7 @@ class Checkpoints:
         return None
 
     def open(self, step: int) -> Checkpoint | None:
-        """The checkpoint of this step, or None where there is none or it is not whole."""
+        """The checkpoint of this step, or None where there is none or it is not whole. Raises OSError as `latest`."""
         folder = self.at(step)
         if (folder / SEAL).size() is None:
             return None
@@ -86,7 +91,7 @@ class Checkpoints:
             )
             if whole:
                 return Checkpoint(folder, step, json.loads((folder / STATE).read()))
-        except (ValueError, KeyError, TypeError, OSError):
+        except DAMAGE:
             pass
         logger.warning("%s: this checkpoint is damaged and is passed over", folder)
         return None
@@ -147,10 +152,11 @@ class Checkpoints:
                     )
 
     def _best_of(self, step: int) -> int:
-        """The step of the best checkpoint that this one names; −1 where it is damaged: no run goes on from it."""
+        """The step of the best checkpoint that this one names; −1 where it is damaged: no run goes on from it. Raises
+        OSError where it cannot be read now: the best may be what nothing else keeps."""
         try:
             return int(json.loads((self.at(step) / STATE).read())["best_step"])
-        except (ValueError, KeyError, TypeError, OSError):
+        except DAMAGE:
             return -1
 
 

@@ -145,7 +145,8 @@ class Loop:
     def _resume(self) -> None:
         """Every rank takes the checkpoint that the first one found, and computes in the same precision."""
         found = self.checkpoints.latest() if self.rank == 0 else None
-        step = int(from_first(torch.tensor(found.step if found else -1, device=self.encoder.device)))
+        device = self.encoder.device
+        step = int(from_first(torch.tensor(found.step if found else -1, device=device), self.ranks))
         checkpoint = found if self.rank == 0 else self.checkpoints.open(step)
         if step >= 0:
             if checkpoint is None:
@@ -155,8 +156,8 @@ class Loop:
                 )
             checkpoint.restore(self.encoder, self.optimizer)
             self.state = State(**checkpoint.state)
-        self.state.precision = self.state.precision or agree_on_precision(self.settings.precision, self.encoder.device)
-        self.encoder.place(self.encoder.device, getattr(torch, self.state.precision))
+        self.state.precision = self.state.precision or agree_on_precision(self.settings.precision, device, self.ranks)
+        self.encoder.place(device, getattr(torch, self.state.precision))
         if self.rank == 0:
             self.curves = Curves(self.folder, self.state.step)
 
@@ -307,7 +308,7 @@ class Loop:
         Looked at only where a checkpoint may be written, for it reads all of them."""
         finite = torch.stack([torch.isfinite(p).all() for p in self.encoder.parameters()]).all()
         broken = (~finite).float()
-        sum_over_ranks([broken])
+        sum_over_ranks([broken], self.ranks)
         return bool(broken)
 
     def _not_finite(self, said: str, rows_B: np.ndarray) -> NonFiniteLossError:
@@ -325,12 +326,12 @@ class Loop:
         )
 
 
-def agree_on_precision(wanted: Precision, device: torch.device) -> Precision:
+def agree_on_precision(wanted: Precision, device: torch.device, ranks: int = 1) -> Precision:
     """What every rank computes in: `auto` is bfloat16 where all of them compute in it natively, the same on each."""
     if wanted != "auto":
         return wanted
     lacking = torch.tensor(float(not bfloat16_is_native(device)), device=device)
-    sum_over_ranks([lacking])
+    sum_over_ranks([lacking], ranks)
     return "float32" if lacking else "bfloat16"
 
 

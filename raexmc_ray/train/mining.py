@@ -71,7 +71,8 @@ def search(queries: Part, keys: Part, k: int) -> tuple[np.ndarray, np.ndarray]:
     for block in range(blocks):
         mine = queries.vectors[block * size : (block + 1) * size]
         width = min(size, _rows_of_largest_part(queries) - block * size)
-        asked = gather(torch.from_numpy(np.pad(mine, ((0, width - len(mine)), (0, 0))))).numpy()
+        padded = torch.from_numpy(np.pad(mine, ((0, width - len(mine)), (0, 0))))
+        asked = gather(padded, queries.ranks).numpy()
         if len(keys.vectors):
             part_scores, places = index.search(asked, found)
         else:  # a rank without keys has none to offer
@@ -143,6 +144,7 @@ def _index(vectors: np.ndarray, k: int) -> Any:
         index = faiss.index_factory(d, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
         index.nprobe = 16
     if k <= GPU_WIDTH and getattr(faiss, "get_num_gpus", lambda: 0)() and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # FAISS can have none of the memory that torch keeps for itself
         resources = faiss.StandardGpuResources()
         index = faiss.index_cpu_to_gpu(resources, torch.cuda.current_device(), index)
         index.resources = resources  # which must live as long as the index
@@ -159,7 +161,7 @@ def _rows_of_largest_part(part: Part) -> int:
 def all_rows(mine: np.ndarray, part: Part) -> np.ndarray:
     """[total, …] in row order from each rank's [n, …]."""
     padded = np.pad(mine, ((0, _rows_of_largest_part(part) - len(mine)), (0, 0)))
-    everyone = gather(torch.from_numpy(padded)).numpy().reshape(part.ranks, *padded.shape)
+    everyone = gather(torch.from_numpy(padded), part.ranks).numpy().reshape(part.ranks, *padded.shape)
     return everyone.swapaxes(0, 1).reshape(-1, padded.shape[1])[: part.total]
 
 

@@ -12,7 +12,7 @@ import torch
 from raexmc_ray.cluster import refuse_unplaceable
 from raexmc_ray.encoder import TextEncoder, bfloat16_is_native
 from raexmc_ray.files import Folder
-from raexmc_ray.objective import BLOCK_CELLS
+from raexmc_ray.objective import BLOCK_CELLS, BLOCK_QUERIES
 from raexmc_ray.recipe import MiningSection, Recipe, TrainingSection
 from raexmc_ray.train.mining import NEIGHBOURS_PER_GROUP_MEMBER
 
@@ -80,7 +80,8 @@ def worker_bytes(encoder: TextEncoder, recipe: Recipe, instances: int, labels: i
     weight_bytes = ADAM_BYTES + 4 * (recipe.cluster.workers > 1)
     process = 0 if gpu else PROCESS_BYTES
     activations = layers * tokens * alive * hidden * (34 + 5 * heads * tokens // hidden) * width
-    batch = activations + texts * hidden * 4 * 4 + 12 * 4 * BLOCK_CELLS
+    similarities = 12 * 4 * max(BLOCK_CELLS, BLOCK_QUERIES * texts)
+    batch = activations + texts * hidden * 4 * 4 + similarities
     return process + weights * weight_bytes + max(batch, embedded_bytes(recipe, hidden, instances, labels))
 
 

@@ -29,7 +29,7 @@ class Prepared:
 
     chunks: this rank's instances, then its part of the labels; their ids are places in `words`. words: int64, the
     distinct tokens of these texts. instances, labels: how many of each. seed: what the dropout of chunk i follows
-    from is seed + i, so that a chunk can be encoded again.
+    from is seed + i, so that a chunk can be encoded again. ranks: how many train on the batch.
     """
 
     batch: Batch
@@ -39,6 +39,7 @@ class Prepared:
     labels: int
     masks: Masks
     seed: int
+    ranks: int
 
     @property
     def tokens(self) -> int:
@@ -71,7 +72,7 @@ def prepare(
     rows = batch.rows_B[batch.start : batch.stop]
     tokens = concatenate(instance_tokens.take(rows), label_tokens.take(labels))
     pin, device = encoder.device.type == "cuda", encoder.device
-    words, chunks = _distinct_words(encoder.chunks(tokens, settings.chunk_size))
+    words, chunks = _distinct_words(list(encoder.chunks(tokens, settings.chunk_size)))
     chunks = [chunk.pin() if pin else chunk for chunk in chunks]
     positive = batch.drawn if settings.objective.positives == "drawn" else batch.known
     masks = Masks(
@@ -82,7 +83,7 @@ def prepare(
         _votes(batch, device) if settings.objective.shared == "voting" else None,
     )
     seed = int(np.random.SeedSequence([settings.seed, *place, rank]).generate_state(1)[0])
-    return Prepared(batch, chunks, words.to(device), len(rows), len(labels), masks, seed)
+    return Prepared(batch, chunks, words.to(device), len(rows), len(labels), masks, seed, ranks)
 
 
 def accumulate_gradients(
@@ -100,9 +101,9 @@ def accumulate_gradients(
         embeddings, graphs = _embed(encoder, prepared, words, keep_all=not settings.gradient_cache)
     with meter("communication"):
         queries_BD, part_CD = embeddings[: prepared.instances], embeddings[prepared.instances :]
-        all_labels = gather(part_CD)  # the repeated ones at its end included
+        all_labels = gather(part_CD, prepared.ranks)  # the repeated ones at its end included
         with_instances = settings.objective.instances == "in_batch"
-        instances_BD = gather(queries_BD) if with_instances else None
+        instances_BD = gather(queries_BD, prepared.ranks) if with_instances else None
     with meter("loss"):
         loss, (to_queries, to_labels, to_instances) = loss_and_gradients(
             queries_BD,
@@ -117,9 +118,10 @@ def accumulate_gradients(
         gradient = torch.empty_like(embeddings)
         gradient[: prepared.instances] = to_queries
         if to_instances is not None:
-            gradient[: prepared.instances] += reduce_scatter(to_instances)
+            gradient[: prepared.instances] += reduce_scatter(to_instances, prepared.ranks)
         repeated = len(all_labels) - len(to_labels)
-        gradient[prepared.instances :] = reduce_scatter(nn.functional.pad(to_labels, (0, 0, 0, repeated)))
+        to_all_labels = nn.functional.pad(to_labels, (0, 0, 0, repeated))
+        gradient[prepared.instances :] = reduce_scatter(to_all_labels, prepared.ranks)
     with meter("backward"):
         _carry_back(encoder, prepared, words, graphs, gradient)
         assert words.grad is not None
@@ -127,7 +129,7 @@ def accumulate_gradients(
             encoder.words.grad = torch.zeros_like(encoder.words)
         encoder.words.grad.index_add_(0, prepared.words, words.grad)
     with meter("communication"):
-        sum_over_ranks([loss, *(p.grad for p in encoder.parameters() if p.grad is not None)])
+        sum_over_ranks([loss, *(p.grad for p in encoder.parameters() if p.grad is not None)], prepared.ranks)
     return loss
 
 

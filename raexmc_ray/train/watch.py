@@ -57,8 +57,11 @@ class ProgressActor:
         self._seen = Seen()
 
     def begin(self) -> None:
-        """There was room for the workers. Said by the first of them, at each start."""
-        self._seen.running, self._seen.begun_at = True, None
+        """There was room for the workers. Said by the first of them, at each start.
+
+        What a worker of an earlier start said of the run came too late to end it, and may have been that start's.
+        """
+        self._seen.running, self._seen.begun_at, self._seen.stopped = True, None, None
 
     def update(self, step: int, figures: dict[str, float]) -> None:
         """So many steps are done; first of all, those that are done as the training begins."""
@@ -75,7 +78,7 @@ class ProgressActor:
         return self._seen.stopped
 
     def stop(self, error: Exception) -> None:
-        """The run cannot go on. Of several that say so, the first counts."""
+        """The run cannot go on. Of several that say so in a start, the first counts."""
         self._seen.stopped = self._seen.stopped or error
 
     def get(self) -> Seen:

@@ -16,13 +16,15 @@ from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.tokens import Tokens
-from raexmc_ray.train.gather import sum_over_ranks
+from raexmc_ray.train.gather import is_torn, sum_over_ranks
 from raexmc_ray.train.loop import Loop, NonFiniteLossError, TrainingData
 from raexmc_ray.train.validate import HeldOut
 
 REPORT_EVERY_S = 1.0
 MARK = "driver"
 """File in a run's folder by which a worker knows that it is the driver's."""
+NO_MEMORY = ("can't allocate memory", "alloc fail", "cudaMalloc")
+"""Parts of a plain RuntimeError that says so: torch's on a CPU, FAISS's on a GPU."""
 MARK_S = 10.0
 """For what the driver wrote to be seen on another node."""
 
@@ -38,7 +40,8 @@ def train_worker(config: dict[str, Any]) -> None:
         _train(Recipe.parse(config["recipe"]), config)
     except Exception as error:
         final = would_come_again(error)
-        if final is None:
+        # Where the group was taken away, for another worker failed, whatever this one met may follow from that.
+        if final is None or is_torn(ray.train.get_context().get_world_size()):
             raise
         ray.get(config["progress"].stop.remote(final))
         # Raised, for the others may wait for this one: Ray Train ends them.
@@ -51,11 +54,11 @@ def would_come_again(error: Exception) -> Exception | None:
     Made anew, for it travels between processes, which not every error does.
     """
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    on_a_cpu = "can't allocate memory" in said  # which torch says by a plain RuntimeError
-    if on_a_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if any(words in said for words in NO_MEMORY) or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return ValueError(
             f"the training does not fit into a worker's memory ({said}): lower training.chunk_size, or set "
-            "training.gradient_cache=true, or lower training.batch_size"
+            "training.gradient_cache=true, or lower training.batch_size; where it was mining or evaluating, lower "
+            "encoder.batch_size, training.mining.depth or prediction.neighbours"
         )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # to import them takes seconds
         return ValueError(
@@ -72,7 +75,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     if rank == 0:
-        progress.begin.remote()
+        ray.get(progress.begin.remote())  # before any rank is past the first sum, and may say what ends the run
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
@@ -85,7 +88,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
             progress.update.remote(step, figures)
 
     folder = Folder.at(config["folder"])
-    strangers = count_strangers(folder / MARK, config["mark"], device)
+    strangers = count_strangers(folder / MARK, config["mark"], device, ranks)
     if strangers:
         if rank == 0:
             said = f"{strangers} of {ranks} workers do not see what the driver wrote into {folder}"
@@ -106,13 +109,13 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
         ray.get(progress.update.remote(state.step, {}))
 
 
-def count_strangers(mark: Folder, content: str, device: torch.device) -> int:
+def count_strangers(mark: Folder, content: str, device: torch.device, ranks: int) -> int:
     """How many of all ranks do not find this content at `mark`: the same on every rank."""
     ends = time.monotonic() + MARK_S
     while not (seen := mark.size() is not None and mark.read() == content.encode()) and time.monotonic() < ends:
         time.sleep(0.5)
     strangers = torch.tensor(float(not seen), device=device)
-    sum_over_ranks([strangers])
+    sum_over_ranks([strangers], ranks)
     return int(strangers)
 
 
