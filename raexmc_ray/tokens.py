@@ -53,13 +53,14 @@ class Tokens:
         call_tokens: what one more chunk costs, in tokens: a chunk is cut in two where that saves more padding.
         """
         order = np.argsort(-self.lengths, kind="stable")
+        lengths = self.lengths[order]
         starts = np.arange(0, len(order), size)
         if 0 < len(starts) < least:
-            ends = np.cumsum(self.lengths[order])
+            ends = np.cumsum(lengths)
             shares = ends[-1] * np.arange(1, least) / least
             starts = np.unique([0, *np.minimum(np.searchsorted(ends, shares) + 1, len(order) - 1)])
         for start, stop in itertools.pairwise([*starts, len(order)]):
-            cut = [start] if call_tokens is None else _cut(self.lengths[order], start, stop, call_tokens)
+            cut = [start] if call_tokens is None else _cut(lengths, start, stop, call_tokens)
             for first, end in itertools.pairwise([*cut, stop]):
                 rows = order[first:end]
                 yield rows, self.take(rows)
