@@ -130,6 +130,15 @@ def test_a_rollback_that_is_broken_off_is_gone_on_with(
         assert client.memory().snapshot == names[0]
 
 
+def test_a_rollout_waits_for_what_another_left_under_way(url: str, names: tuple[str, str]) -> None:
+    """Serve reaches no replica while it moves it."""
+    client, deployments = _client(), ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(3))]
+    for there, back in [names[::-1], names] * 5:
+        _set_user_config(client, APPLICATION, deployments, {"snapshot": there, "previous": back})
+        assert rollout(back) == (there, back)
+        assert rollout(there) == (back, there)
+
+
 @pytest.mark.faults
 def test_a_replica_that_is_lost_meanwhile_fails_no_rollout(
     url: str, names: tuple[str, str], monkeypatch: pytest.MonkeyPatch

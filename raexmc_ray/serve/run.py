@@ -8,13 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.snapshot import open_snapshot, publish_current, verify
@@ -156,7 +157,7 @@ def _move(snapshot: str | None, application: str, *, back: bool) -> tuple[str, s
             pass
     names = ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(target.manifest.shards))]
     with _said(f"waiting for every replica to open snapshot {target.manifest.id}"):
-        _hold(target.manifest.id, names, application)
+        _hold(client, target.manifest.id, names, application)
     if back:
         publish_current(memory, target.manifest.id)
         previous = target.manifest.id
@@ -216,11 +217,27 @@ def _in_use(config: dict[str, Any], client: ServeSubmissionClient, application: 
     return str(deployments["Ingress"]["deployment_config"]["user_config"]["snapshot"])
 
 
-def _hold(snapshot: str, names: list[str], application: str) -> None:
-    """Have every replica of these deployments open a snapshot beside the one in use."""
-    calls = [serve.get_deployment_handle(name, application).broadcast("hold", snapshot) for name in names]
-    for call in calls:
-        call.results(timeout_s=PATIENCE_S)
+def _hold(client: ServeSubmissionClient, snapshot: str, names: list[str], application: str) -> None:
+    """Have every replica of these deployments open a snapshot beside the one in use.
+
+    A replica that Serve moves is not to be reached meanwhile: what an earlier roll-out left under way is waited for,
+    but not for longer than LASTING_S, so that an application none of whose replicas start can be moved away.
+    """
+    ends = time.monotonic() + LASTING_S
+    while _status(client, application) == "DEPLOYING" and time.monotonic() < ends:
+        time.sleep(POLL_S)
+    waiting = {name: serve.get_deployment_handle(name, application) for name in names}
+    while waiting:
+        calls = {name: handle.broadcast("hold", snapshot) for name, handle in waiting.items()}
+        for name, call in calls.items():
+            with suppress(DeploymentUnavailableError):
+                call.results(timeout_s=PATIENCE_S)
+                del waiting[name]
+        if waiting and time.monotonic() > ends:
+            logger.warning("no replica of %s runs: it has nothing open before it is moved", ", ".join(waiting))
+            return
+        if waiting:
+            time.sleep(POLL_S)
 
 
 def _set_user_config(
@@ -243,6 +260,11 @@ def _set_user_config(
     client.deploy_applications(
         {"applications": applications, **({} if capacity is None else {"target_capacity": capacity})}
     )
+
+
+def _status(client: ServeSubmissionClient, application: str) -> str:
+    """What Serve says of an application; empty where there is none."""
+    return str(client.get_serve_details().get("applications", {}).get(application, {}).get("status", ""))
 
 
 def _wait(client: ServeSubmissionClient, application: str, lasting_s: float = 0.0) -> None:
