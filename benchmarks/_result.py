@@ -62,14 +62,13 @@ def commit() -> str:
 
 
 def _machine() -> dict[str, Any]:
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
+    cpu: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        cpu.setdefault(name.strip(), value.strip())
+    model = cpu.get("model name", platform.processor())
+    if {"cpu family", "model"} <= cpu.keys():  # clouds leave names as long as "AMD EPYC"
+        model += f", family {cpu['cpu family']} model {cpu['model']}"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {"cpu": model, "cores": os.cpu_count(), "memory_gib": round(memory, 1), "gpu": None}
 

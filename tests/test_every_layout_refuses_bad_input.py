@@ -164,6 +164,15 @@ def test_parquet_without_a_label_is_legal_and_torn_parquet_is_refused(tmp_path: 
     refused(tmp_path, "instances.parquet", "missing")
 
 
+def test_only_the_columns_of_a_corpus_count(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path) / "instances.parquet"
+    table, before = pq.read_table(path), read_corpus(tmp_path).fingerprint
+    pq.write_table(table.append_column("price", [[1, 2]]).append_column("price", [[3, 4]]), path)
+    assert read_corpus(tmp_path).fingerprint == before
+    pq.write_table(table.append_column("text", [["three", "four"]]), path)
+    refused(tmp_path, "instances.parquet", "'text'", "2 columns")
+
+
 def write_raw(folder: Path) -> Path:
     (folder / "raw").mkdir()
     for name, texts in (("trn_X", "one\ntwo\n"), ("Y", "label\nother\n")):

@@ -26,7 +26,7 @@ import raexmc_ray
 from raexmc_ray.client import ApiError, AsyncClient, Client, UnreachableError
 from raexmc_ray.label_lookup import LabelLookup
 from raexmc_ray.recipe import Neighbours, PredictionSection, Recipe
-from raexmc_ray.serve.run import serving
+from raexmc_ray.serve.run import _client, serving
 from raexmc_ray.serve.schema import Limits, PredictReply, ServeSettings
 
 pytestmark = pytest.mark.ray
@@ -378,6 +378,19 @@ def test_query_prints_labels(served: str, tiny_texts: list[str], capsys: pytest.
     printed = capsys.readouterr().out
     assert tiny_texts[0].split(":")[0] in printed
     assert "cosine" in printed
+
+
+def test_clients_are_told_to_close_idle_connections_before_the_server_does(served: str) -> None:
+    """What is sent on a connection that is just being closed is lost."""
+    serves_for = _client().get_serve_details()["http_options"]["keep_alive_timeout_s"]
+    for status, reply in (
+        (200, httpx.get(f"{served}/v1/memory", timeout=60)),
+        (422, httpx.post(f"{served}/v1/predict", json={}, timeout=60)),
+    ):
+        assert reply.status_code == status
+        told = re.fullmatch(r"timeout=(\d+)", reply.headers["keep-alive"])
+        assert told
+        assert 30 <= int(told[1]) <= serves_for - 30
 
 
 @pytest.mark.slow

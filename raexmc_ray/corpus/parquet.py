@@ -18,7 +18,8 @@ from raexmc_ray.corpus.types import Corpus, CorpusError, Split, pair_matrix
 def read(folder: Path, fields: Sequence[str]) -> Corpus:
     """The corpus in `folder`. A row has one text here, so `fields` does not apply."""
     del fields
-    labels = _read_texts(folder / "labels.parquet")
+    labels_path = folder / "labels.parquet"
+    labels = _texts(labels_path, _read_table(labels_path, ("uid", "text")))
     train = _read_split(folder / "instances.parquet", len(labels), find(folder, "filter_labels_train.txt"))
     test_path = folder / "test.parquet"
     test = (
@@ -29,11 +30,18 @@ def read(folder: Path, fields: Sequence[str]) -> Corpus:
     return Corpus(train, test, labels)
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_table(path: Path, fields: Sequence[str]) -> pa.Table:
+    """These columns, and no others that the file may have."""
     if not is_there(path):
         raise CorpusError(path, "is missing")
     try:
-        table = pq.read_table(path)
+        names = pq.read_schema(path).names
+        for field in fields:
+            if field not in names:
+                raise CorpusError(path, f"there is no such column; found {names}", field=field)
+            if names.count(field) > 1:
+                raise CorpusError(path, f"is the name of {names.count(field)} columns; found {names}", field=field)
+        table = pq.read_table(path, columns=list(fields))
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(path, f"is not a whole Parquet file ({error})") from None
     if not len(table):
@@ -41,12 +49,10 @@ def _read_table(path: Path) -> pa.Table:
     return table
 
 
-def _read_texts(path: Path, table: pa.Table | None = None) -> pa.Table:
-    table = _read_table(path) if table is None else table
+def _texts(path: Path, table: pa.Table) -> pa.Table:
+    """The columns uid and text of `table`, checked."""
     columns = {}
     for name in ("uid", "text"):
-        if name not in table.column_names:
-            raise CorpusError(path, f"there is no such column; found {table.column_names}", field=name)
         try:
             column = table[name].cast(pa.string())
             column.validate(full=True)  # that it is UTF-8: nobody has looked
@@ -70,10 +76,8 @@ def _read_texts(path: Path, table: pa.Table | None = None) -> pa.Table:
 
 
 def _read_split(path: Path, labels: int, filter_path: Path | None) -> Split:
-    table = _read_table(path)
-    texts = _read_texts(path, table)
-    if "labels" not in table.column_names:
-        raise CorpusError(path, f"there is no such column; found {table.column_names}", field="labels")
+    table = _read_table(path, ("uid", "text", "labels"))
+    texts = _texts(path, table)
     try:
         targets = table["labels"].cast(pa.list_(pa.int64())).combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
