@@ -206,7 +206,6 @@ def test_the_gate_names_counts_and_logs_what_it_refuses(caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, logger="ray.serve.access"):
         first, unnamed, named = asyncio.run(run())
     assert [first.status_code, unnamed.status_code, named.status_code] == [200, 503, 503]
-    assert {reply.headers["keep-alive"] for reply in (first, unnamed, named)} == {"timeout=60"}
     assert named.json()["request_id"] == named.headers["x-request-id"] == "abc-123"
     assert unnamed.json()["request_id"] == unnamed.headers["x-request-id"] != ""
     assert counted == [("/v1/slow", 503)] * 2

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 import ray
 import schemathesis
+import yaml
 from conftest import ROOT, Rounds, free_port
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
@@ -380,17 +381,14 @@ def test_query_prints_labels(served: str, tiny_texts: list[str], capsys: pytest.
     assert "cosine" in printed
 
 
-def test_clients_are_told_to_close_idle_connections_before_the_server_does(served: str) -> None:
-    """What is sent on a connection that is just being closed is lost."""
-    serves_for = _client().get_serve_details()["http_options"]["keep_alive_timeout_s"]
-    for status, reply in (
-        (200, httpx.get(f"{served}/v1/memory", timeout=60)),
-        (422, httpx.post(f"{served}/v1/predict", json={}, timeout=60)),
-    ):
-        assert reply.status_code == status
-        told = re.fullmatch(r"timeout=(\d+)", reply.headers["keep-alive"])
-        assert told
-        assert 30 <= int(told[1]) <= serves_for - 30
+def test_a_client_gives_up_an_idle_connection_before_the_server_does(served: str) -> None:
+    """What is sent on a connection that is just being closed is lost. Google's load balancers keep one for 600 s."""
+    configs = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "serve_configs").glob("*.yaml"))]
+    configs = [config["spec"]["serveConfigV2"] if "spec" in config else config for config in configs]
+    configs = [yaml.safe_load(config) if isinstance(config, str) else config for config in configs]
+    assert len(configs) == 3
+    for config in [*configs, _client().get_serve_details()]:
+        assert config["http_options"]["keep_alive_timeout_s"] > 600
 
 
 @pytest.mark.slow

@@ -28,10 +28,6 @@ REQUESTS = "RAEXMC_REQUESTS_AT_A_TIME"
 SPARE = 16
 """Places of an ingress beyond those that it is given: for probes, which a flood must not keep out, or a load balancer
 takes a busy application for a dead one; and so that Serve's router, whose count lags behind, never waits."""
-IDLE_S = 60
-"""How long clients are told to keep an idle connection: less than Serve's `keep_alive_timeout_s`, 90. One that is used
-just as it is closed fails its request; clients of Node and Java close it first where they are told when."""
-KEEP_ALIVE = b"keep-alive", f"timeout={IDLE_S}".encode()
 LOST = "Not available", "A part of the application did not answer; try again"
 """Title and detail of the answer where Serve has none."""
 PAGES, API = frozenset({"/", "/openapi.json"}), "/v1/"
@@ -49,7 +45,6 @@ class Gate:
         if scope["type"] != "http" or not (scope["path"] in PAGES or scope["path"].startswith(API)):
             await self._app(scope, receive, send)
             return
-        send = _with_idle_time(send)
         if self._running >= self._limit + (SPARE if scope["path"] in PROBES else 0):
             await self._refuse(scope, send, "Busy", f"{self._limit} requests are being answered; come again")
             return
@@ -90,15 +85,6 @@ class Gate:
             self._answered(path, 503, seconds)
             entry = {"request": request_id, "method": scope["method"], "path": path, "status": 503}
             write(access_log, f"request {request_id}", {**entry, "ms": round(1000 * seconds, 2)})
-
-
-def _with_idle_time(send: Send) -> Send:
-    async def with_idle_time(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", []), KEEP_ALIVE]}
-        await send(message)
-
-    return with_idle_time
 
 
 def middlewares() -> list[Middleware]:

@@ -30,6 +30,9 @@ POLL_S, PATIENCE_S = 0.3, 600.0
 LASTING_S = 60.0
 """How long a roll-out goes on where Serve says that the application failed: it says so of any replica that is lost
 meanwhile, and has put another in its place by then."""
+IDLE_S = 620
+"""How long an idle connection is kept: longer than callers keep it, Go's 90 s and Google's load balancers 600. What is
+sent on one that is just being closed is lost."""
 SAY_S = 3.0
 """Whoever waits for longer is told for what."""
 logger = logging.getLogger("raexmc_ray")
@@ -63,7 +66,7 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
         # Serve would write a line for each call between deployments; ours are one a request and one a batch.
         "logging_config": {"enable_access_log": False},
     }
-    http = {"host": host, "port": port}
+    http = {"host": host, "port": port, "keep_alive_timeout_s": IDLE_S}
     try:
         try:
             client.deploy_applications(
