@@ -2,7 +2,8 @@
 once, grows no queue and no memory, and is itself again when the flood is over.
 
 The flood is an open loop (requests come whether or not the ones before were answered), from a process of its own on
-the same two cores.
+the same two cores. What it sustains is measured before the flood and after it: a machine that others share is not as
+fast at all times.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ def main() -> None:
     with server(*ours(sharded)) as url:
         load(url, texts, CALLERS, 10)
         usual = statistics.median(latency(url, text) for text in texts[:30])
-        peak = load(url, texts, CALLERS, 30)["texts_per_s"]
-        print(f"sustained: {peak} texts/s, an answer takes {1000 * usual:.1f} ms", flush=True)
-        seconds, sizes = flood(url, TIMES * peak, FOLDER / "texts.json")
+        before = load(url, texts, CALLERS, 30)["texts_per_s"]
+        print(f"sustained: {before} texts/s, an answer takes {1000 * usual:.1f} ms", flush=True)
+        seconds, sizes = flood(url, TIMES * before, FOLDER / "texts.json")
         ended = time.perf_counter() - (seconds[-1]["at"] - SECONDS)  # after that none were sent; some waited on
         while True:
             recovered = time.perf_counter() - ended
@@ -74,6 +75,7 @@ def main() -> None:
                     break
             except httpx.HTTPError:
                 pass
+        after = load(url, texts, CALLERS, 30)["texts_per_s"]
     # A busy sender's lines are more than a second apart: what counts is its clock.
     during = [second for second in seconds if second["at"] <= SECONDS + 1]
     lasted = during[-1]["at"]
@@ -81,7 +83,7 @@ def main() -> None:
     refused = [second["refused"] for second in during if second["refused"]["count"]]
     number = sum(second["count"] for second in refused)
     figures = {
-        "sustained_texts_per_s": peak,
+        "sustained_texts_per_s": {"before": before, "after": after},
         "sent_per_s": round(sum(second["sent"] for second in during) / lasted, 1),
         "answered_per_s": round(answered, 1),
         "refused_per_s": round(number / lasted, 1),
@@ -94,7 +96,7 @@ def main() -> None:
         "recovered_s": round(recovered, 2),
     }
     targets = [
-        at_least("answered under the flood / sustained", answered / peak, 0.9),
+        at_least("answered under the flood / sustained", answered / statistics.mean((before, after)), 0.9),
         below("refused, p99 (ms)", figures["refused_p99_ms"], 100),
         below("neither answered nor refused", sum(figures["other"].values()), 1),
         below("memory at the end / after half a minute", sizes[-1] / sizes[SETTLED_S // 10 - 1], 1.05),

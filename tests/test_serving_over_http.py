@@ -18,7 +18,6 @@ import pyarrow as pa
 import pytest
 import ray
 import schemathesis
-import yaml
 from conftest import ROOT, Rounds, free_port
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
@@ -383,12 +382,7 @@ def test_query_prints_labels(served: str, tiny_texts: list[str], capsys: pytest.
 
 def test_a_client_gives_up_an_idle_connection_before_the_server_does(served: str) -> None:
     """What is sent on a connection that is just being closed is lost. Google's load balancers keep one for 600 s."""
-    configs = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "serve_configs").glob("*.yaml"))]
-    configs = [config["spec"]["serveConfigV2"] if "spec" in config else config for config in configs]
-    configs = [yaml.safe_load(config) if isinstance(config, str) else config for config in configs]
-    assert len(configs) == 3
-    for config in [*configs, _client().get_serve_details()]:
-        assert config["http_options"]["keep_alive_timeout_s"] > 600
+    assert _client().get_serve_details()["http_options"]["keep_alive_timeout_s"] > 600
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ def test_serve_configs(path: Path) -> None:
     settings = ServeSettings.model_validate(application.args)
     guarded = settings.tokens_file is not None
     assert guarded or config.http_options.host == "127.0.0.1", "what no token guards stays on loopback"
+    assert config.http_options.keep_alive_timeout_s > 600, "a load balancer gives up an idle connection first"
 
 
 def test_no_deployment_hides_how_its_application_logs(small_memory: Path) -> None:
