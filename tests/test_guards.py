@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raexmc_ray.serve.api import make_api
-from raexmc_ray.serve.gate import SPARE, Gate
+from raexmc_ray.serve.gate import GATHER_S, SPARE, Gate
 from raexmc_ray.serve.guard import Guard, Tokens, is_loopback, refuse_open_door
 from raexmc_ray.serve.ingress import READY_S, Ingress
 from raexmc_ray.serve.run import url_of
@@ -193,29 +193,35 @@ def test_a_path_that_there_is_not_leads_nowhere() -> None:
 
 
 def test_the_gate_names_counts_and_logs_what_it_refuses(caplog: pytest.LogCaptureFixture) -> None:
-    counted: list[tuple[str, int]] = []
-    app = Gate(Starlette(routes=[Route("/v1/slow", _slow)]), 1, lambda path, status, _: counted.append((path, status)))
+    counted: list[int] = []
+    app = Gate(Starlette(routes=[Route("/v1/slow", _slow)]), 1, counted.append)
 
     async def run() -> list[httpx.Response]:
         async with talk_to(app) as http:
-            first = asyncio.ensure_future(http.get("/v1/slow"))
-            await asyncio.sleep(0.05)
-            refused = [await http.get("/v1/slow", headers=h) for h in ({}, {"x-request-id": "abc-123"})]
-            return [await first, *refused]
+            replies = []
+            for headers in ({}, {"x-request-id": "abc-123"}), ({"x-request-id": "later"},):
+                first = asyncio.ensure_future(http.get("/v1/slow"))
+                await asyncio.sleep(0.05)
+                replies += [await http.get("/v1/slow", headers=some) for some in headers]
+                assert (await first).status_code == 200
+                await asyncio.sleep(2 * GATHER_S)
+            return replies
 
     with caplog.at_level(logging.INFO, logger="ray.serve.access"):
-        first, unnamed, named = asyncio.run(run())
-    assert [first.status_code, unnamed.status_code, named.status_code] == [200, 503, 503]
-    assert named.json()["request_id"] == named.headers["x-request-id"] == "abc-123"
+        unnamed, *named = replies = asyncio.run(run())
+    assert [reply.status_code for reply in replies] == [503, 503, 503]
+    for name, reply in zip(("abc-123", "later"), named, strict=True):
+        assert reply.json()["request_id"] == reply.headers["x-request-id"] == name
     assert unnamed.json()["request_id"] == unnamed.headers["x-request-id"] != ""
-    assert counted == [("/v1/slow", 503)] * 2
-    logged = [json.loads(record.message) for record in caplog.records]
-    assert [entry["request"] for entry in logged] == [unnamed.headers["x-request-id"], "abc-123"]
-    assert all(entry["status"] == 503 for entry in logged)
+    assert counted == [2, 1]
+    together, alone = [json.loads(record.message) for record in caplog.records]
+    assert [entry["request"] for entry in together["refused"]] == [unnamed.headers["x-request-id"], "abc-123"]
+    assert [(entry["request"], entry["path"]) for entry in alone["refused"]] == [("later", "/v1/slow")]
+    assert together["status"] == alone["status"] == 503
 
 
 def test_the_gate_answers_where_serve_has_only_its_own_words(caplog: pytest.LogCaptureFixture) -> None:
-    counted: list[tuple[str, int]] = []
+    counted: list[int] = []
 
     replies = {
         "/v1/lost": PlainTextResponse("ActorDiedError: /a/secret/path", 500),
@@ -228,12 +234,14 @@ def test_the_gate_answers_where_serve_has_only_its_own_words(caplog: pytest.LogC
         if reply := replies.get(scope["path"]):
             await reply(scope, receive, send)  # else nothing: so it is where a replica is lost before it has answered
 
-    app = Gate(serve, 1, lambda path, status, _: counted.append((path, status)))
+    app = Gate(serve, 1, counted.append)
 
     async def run() -> list[httpx.Response]:
         async with talk_to(app) as http:
             paths = ("/v1/lost", "/v1/silent", "/v1/ours", "/v1/json", "/another")
-            return [await http.get(path, headers={"x-request-id": path}) for path in paths]
+            found = [await http.get(path, headers={"x-request-id": path}) for path in paths]
+            await asyncio.sleep(2 * GATHER_S)
+            return found
 
     with caplog.at_level(logging.INFO, logger="ray.serve.access"):
         lost, silent, *others = asyncio.run(run())
@@ -242,8 +250,9 @@ def test_the_gate_answers_where_serve_has_only_its_own_words(caplog: pytest.LogC
         assert reply.json()["title"] == "Not available"
         assert "secret" not in reply.text
     assert [reply.text for reply in others] == ['{"status": 500}', '{"status": 502}', "another application's"]
-    assert counted == [("/v1/lost", 503), ("/v1/silent", 503)], "ours are counted where they are made"
-    assert [json.loads(record.message)["request"] for record in caplog.records] == ["/v1/lost", "/v1/silent"]
+    assert counted == [2], "ours are counted where they are made"
+    (line,) = [json.loads(record.message) for record in caplog.records]
+    assert [entry["request"] for entry in line["refused"]] == ["/v1/lost", "/v1/silent"]
 
 
 def test_the_gate_leaves_other_applications_alone() -> None:
@@ -315,7 +324,7 @@ def test_the_gate_keeps_room_for_probes() -> None:
 
 
 def test_a_caller_that_left_is_no_refusal() -> None:
-    counted: list[str] = []
+    counted: list[int] = []
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         assert (await receive())["type"] == "http.disconnect"
@@ -326,9 +335,9 @@ def test_a_caller_that_left_is_no_refusal() -> None:
     async def nothing(message: Message) -> None:
         pytest.fail("there is nobody to tell")
 
-    gate = Gate(serve, 1, lambda path, *_: counted.append(path))
+    gate = Gate(serve, 1, counted.append)
     asyncio.run(gate({"type": "http", "path": "/v1/predict", "headers": [], "method": "POST"}, gone, nothing))
-    assert counted == []
+    assert counted == gate._refused == []
 
 
 def test_whether_it_is_ready_is_asked_once_for_all_who_want_to_know() -> None:

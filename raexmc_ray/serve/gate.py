@@ -12,14 +12,17 @@ A proxy has the requests of all of a cluster's applications. The gate knows ours
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raexmc_ray.serve.guard import PROBES, Answered, access_log, request_id_of, send_problem
+from raexmc_ray.serve.guard import PROBES, access_log, request_id_of, send_problem
 from raexmc_ray.serve.logs import write
 from raexmc_ray.serve.metrics import request_counter
 from raexmc_ray.serve.schema import Limits
@@ -28,6 +31,9 @@ REQUESTS = "RAEXMC_REQUESTS_AT_A_TIME"
 SPARE = 16
 """Places of an ingress beyond those that it is given: for probes, which a flood must not keep out, or a load balancer
 takes a busy application for a dead one; and so that Serve's router, whose count lags behind, never waits."""
+GATHER_S = 0.1
+"""How long refusals are gathered before they are logged, on one line, and counted: for each by itself that was half of
+what a refusal takes, and a flood's refusals take it from those who are answered."""
 LOST = "Not available", "A part of the application did not answer; try again"
 """Title and detail of the answer where Serve has none."""
 PAGES, API = frozenset({"/", "/openapi.json"}), "/v1/"
@@ -38,8 +44,10 @@ class Gate:
     """ASGI middleware: answers 503 with Retry-After while too many requests are on their way, and in the place of Serve
     where that has only its own words: of an ingress that was lost with its requests, say."""
 
-    def __init__(self, app: ASGIApp, limit: int, answered: Answered) -> None:
-        self._app, self._limit, self._answered, self._running = app, limit, answered, 0
+    def __init__(self, app: ASGIApp, limit: int, count: Callable[[int], None]) -> None:
+        """count: told how many requests were refused since it was told last."""
+        self._app, self._limit, self._count, self._running = app, limit, count, 0
+        self._refused: list[dict[str, Any]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not (scope["path"] in PAGES or scope["path"].startswith(API)):
@@ -81,17 +89,22 @@ class Gate:
         try:
             await send_problem(send, 503, title, detail, {"Retry-After": "1", "X-Request-ID": request_id}, request_id)
         finally:
-            seconds = time.perf_counter() - started
-            self._answered(path, 503, seconds)
-            entry = {"request": request_id, "method": scope["method"], "path": path, "status": 503}
-            write(access_log, f"request {request_id}", {**entry, "ms": round(1000 * seconds, 2)})
+            if not self._refused:
+                asyncio.get_running_loop().call_later(GATHER_S, self._tell)
+            ms = round(1000 * (time.perf_counter() - started), 2)
+            self._refused.append({"request": request_id, "method": scope["method"], "path": path, "ms": ms})
+
+    def _tell(self) -> None:
+        refused, self._refused = self._refused, []
+        self._count(len(refused))
+        write(access_log, f"{len(refused)} requests refused", {"status": 503, "refused": refused})
 
 
 def middlewares() -> list[Middleware]:
     """For Serve."""
     requests = request_counter()
 
-    def answered(path: str, status: int, seconds: float) -> None:
-        requests.inc(tags={"status": str(status)})
+    def count(refused: int) -> None:
+        requests.inc(refused, tags={"status": "503"})
 
-    return [Middleware(Gate, limit=int(os.environ.get(REQUESTS, Limits().concurrent_requests)), answered=answered)]
+    return [Middleware(Gate, limit=int(os.environ.get(REQUESTS, Limits().concurrent_requests)), count=count)]
