@@ -2,8 +2,8 @@
 once, grows no queue and no memory, and is itself again when the flood is over.
 
 The flood is an open loop (requests come whether or not the ones before were answered), from a process of its own on
-the same two cores. What it sustains is measured before the flood and after it: a machine that others share is not as
-fast at all times.
+the same two cores. What it sustains is the better of the rates before the flood and after it: a machine that others
+share is not as fast at all times.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> None:
         "recovered_s": round(recovered, 2),
     }
     targets = [
-        at_least("answered under the flood / sustained", answered / statistics.mean((before, after)), 0.9),
+        at_least("answered under the flood / sustained", answered / max(before, after), 0.9),
         below("refused, p99 (ms)", figures["refused_p99_ms"], 100),
         below("neither answered nor refused", sum(figures["other"].values()), 1),
         below("memory at the end / after half a minute", sizes[-1] / sizes[SETTLED_S // 10 - 1], 1.05),

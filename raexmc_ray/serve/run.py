@@ -216,7 +216,7 @@ def _in_use(config: dict[str, Any], client: ServeSubmissionClient, application: 
     rolled = _user_config(config).get("snapshot")
     if rolled:
         return str(rolled)
-    deployments = client.get_serve_details()["applications"][application]["deployments"]
+    deployments = _details(client, application)["deployments"]
     return str(deployments["Ingress"]["deployment_config"]["user_config"]["snapshot"])
 
 
@@ -227,7 +227,7 @@ def _hold(client: ServeSubmissionClient, snapshot: str, names: list[str], applic
     but not for longer than LASTING_S, so that an application none of whose replicas start can be moved away.
     """
     ends = time.monotonic() + LASTING_S
-    while _status(client, application) == "DEPLOYING" and time.monotonic() < ends:
+    while _details(client, application).get("status") == "DEPLOYING" and time.monotonic() < ends:
         time.sleep(POLL_S)
     waiting = {name: serve.get_deployment_handle(name, application) for name in names}
     while waiting:
@@ -265,9 +265,9 @@ def _set_user_config(
     )
 
 
-def _status(client: ServeSubmissionClient, application: str) -> str:
+def _details(client: ServeSubmissionClient, application: str) -> dict[str, Any]:
     """What Serve says of an application; empty where there is none."""
-    return str(client.get_serve_details().get("applications", {}).get(application, {}).get("status", ""))
+    return dict(client.get_serve_details().get("applications", {}).get(application, {}))
 
 
 def _wait(client: ServeSubmissionClient, application: str, lasting_s: float = 0.0) -> None:
@@ -275,7 +275,7 @@ def _wait(client: ServeSubmissionClient, application: str, lasting_s: float = 0.
     for `lasting_s` seconds."""
     ends, well = time.monotonic() + PATIENCE_S, time.monotonic()
     while True:
-        running = client.get_serve_details().get("applications", {}).get(application, {})
+        running = _details(client, application)
         if running.get("status") == "RUNNING":
             return
         now = time.monotonic()
