@@ -64,11 +64,23 @@ def expected(memory: Path, names: tuple[str, str], tiny_texts: list[str]) -> Ans
     return {name: raexmc_ray.open(memory, name).predict(tiny_texts[:TEXTS], evidence=1) for name in names}
 
 
-@pytest.fixture
-def url(memory: Path, names: tuple[str, str]) -> Iterator[str]:
-    (memory / "CURRENT").write_text(names[0] + "\n")
+@pytest.fixture(scope="module")
+def application(memory: Path) -> Iterator[str]:
     with serving(ServeSettings(memory=str(memory)), port=free_port()) as url:
         yield url
+
+
+@pytest.fixture
+def url(application: str, memory: Path, names: tuple[str, str]) -> str:
+    """The URL of the application, which answers from the first snapshot and was never rolled out."""
+    (memory / "CURRENT").write_text(names[0] + "\n")
+    client = _client()
+    config = _deployed(client, APPLICATION)
+    config.pop("deployments", None)  # what roll-outs added
+    config["args"] = {**config["args"], "snapshot": None}
+    client.deploy_applications({"applications": [config]})
+    _wait(client, APPLICATION)
+    return application
 
 
 def test_back_and_forth_under_load(url: str, names: tuple[str, str], tiny_texts: list[str], expected: Answers) -> None:
@@ -157,6 +169,26 @@ def test_a_replica_that_is_lost_meanwhile_fails_no_rollout(
     assert lost[0] not in processes("Encoder")
 
 
+def test_a_damaged_snapshot_changes_nothing(
+    url: str, memory: Path, names: tuple[str, str], tiny_texts: list[str], expected: Answers
+) -> None:
+    damaged = next((memory / "snapshots" / names[1]).rglob("index.faiss"))
+    content = damaged.read_bytes()
+    with Load(url, tiny_texts[:TEXTS], expected) as load:
+        load.wait_for(5)
+        try:
+            damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            with pytest.raises(SnapshotError, match=str(damaged)):
+                rollout(names[1])
+            with pytest.raises((SnapshotError, FileNotFoundError), match="no-such"):
+                rollout("no-such")
+        finally:
+            damaged.write_bytes(content)
+        load.wait_for(20)
+    assert load.snapshots == {names[0]}
+    assert load.wrong == load.errors == load.broken == []
+
+
 def test_a_config_that_is_deployed_again_goes_back_to_where_it_began(
     url: str, memory: Path, names: tuple[str, str]
 ) -> None:
@@ -177,23 +209,3 @@ def test_a_config_that_is_deployed_again_goes_back_to_where_it_began(
         client.deploy_applications({"applications": [named]})
         _wait(client, APPLICATION)
         assert asking.memory().snapshot == names[1]
-
-
-def test_a_damaged_snapshot_changes_nothing(
-    url: str, memory: Path, names: tuple[str, str], tiny_texts: list[str], expected: Answers
-) -> None:
-    damaged = next((memory / "snapshots" / names[1]).rglob("index.faiss"))
-    content = damaged.read_bytes()
-    with Load(url, tiny_texts[:TEXTS], expected) as load:
-        load.wait_for(5)
-        try:
-            damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-            with pytest.raises(SnapshotError, match=str(damaged)):
-                rollout(names[1])
-            with pytest.raises((SnapshotError, FileNotFoundError), match="no-such"):
-                rollout("no-such")
-        finally:
-            damaged.write_bytes(content)
-        load.wait_for(20)
-    assert load.snapshots == {names[0]}
-    assert load.wrong == load.errors == load.broken == []
