@@ -16,7 +16,7 @@ from conftest import tiny_settings
 
 import raexmc_ray
 from raexmc_ray.answer import KeyVote, ScoredLabel
-from raexmc_ray.cli.output import print_answer, say_bytes
+from raexmc_ray.cli.output import console, print_answer, print_plain, say_bytes
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.write import build_memory
@@ -86,6 +86,14 @@ def test_brackets_in_texts_are_printed(capsys: pytest.CaptureFixture[str]) -> No
     print_answer(texts[0], [ScoredLabel(label=0, uid="u", text=texts[1], score=0.5, label_share=1.0, evidence=[vote])])
     printed = capsys.readouterr().out
     assert all(text in printed for text in texts)
+
+
+def test_what_is_printed_is_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich makes styles of brackets, and pictures of names between colons: of a path or a reply it would be another."""
+    said = "/data/[x]/:bug:/[/y]"
+    print_plain(json.dumps({"text": said}))
+    console.print(f"memory: {said}", soft_wrap=True)
+    assert capsys.readouterr().out == f"{json.dumps({'text': said})}\nmemory: {said}\n"
 
 
 def test_inspect_says_what_is_in_a_memory(tmp_path: Path, tiny_corpus: Path) -> None:

@@ -53,7 +53,7 @@ def evaluate(
                 measured.save(storage, EVALUATION)  # before what may fail
                 if report and study:
                     page = write_report(measured, study.findings(), Folder.at(report))
-                    console.print(f"report: {page}", soft_wrap=True, markup=False)
+                    console.print(f"report: {page}", soft_wrap=True)
     if output:
         target = Folder.at(output)
         measured.save(target.parent, target.name)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from raexmc_ray.files import Folder
     from raexmc_ray.inputs.job import Job, Summary
 
-console = Console()
+console = Console(markup=False, emoji=False)  # what is printed is what there is, brackets and colons too
 
 
 def print_answer(text: str, labels: Sequence[ScoredLabel]) -> None:
@@ -42,7 +42,7 @@ def print_summary(summary: Summary, output: Folder, kind: type[Job]) -> None:
 
 def print_plain(text: str) -> None:
     """`text` on standard output as it is: no colours, no wrapping."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(text, soft_wrap=True, highlight=False)
 
 
 def say_bytes(size: float) -> str:
