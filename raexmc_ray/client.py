@@ -185,19 +185,22 @@ def _body(
     if isinstance(labels_allowed, str) or isinstance(labels_blocked, str):
         raise TypeError("labels_allowed and labels_blocked must be lists of uids: write [uid]")
     keys = Neighbours(joint=neighbours) if isinstance(neighbours, int) else neighbours
-    request = PredictRequest.model_validate(
-        {
-            "texts": list(texts),
-            "k": k,
-            "lambda": lambda_,
-            "temperature": temperature,
-            "neighbours": keys.model_dump(exclude_none=True) if keys else None,
-            "evidence": evidence,
-            "labels_allowed": None if labels_allowed is None else list(labels_allowed),
-            "labels_blocked": None if labels_blocked is None else list(labels_blocked),
-            "allow_partial": allow_partial,
-        }
-    )
+    content = {
+        "texts": list(texts),
+        "k": k,
+        "lambda": lambda_,
+        "temperature": temperature,
+        "neighbours": keys.model_dump(exclude_none=True) if keys else None,
+        "evidence": evidence,
+        "labels_allowed": None if labels_allowed is None else list(labels_allowed),
+        "labels_blocked": None if labels_blocked is None else list(labels_blocked),
+        "allow_partial": allow_partial,
+    }
+    try:
+        request = PredictRequest.model_validate(content)
+    except ValidationError as error:
+        said = (f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()[:10])
+        raise ValueError("; ".join(said)) from None
     return request.model_dump_json(by_alias=True, exclude_none=True).encode()
 
 
