@@ -18,6 +18,7 @@ from raexmc_ray.serve.absent import ABSENT_S, Absent
 from raexmc_ray.serve.again import Call
 from raexmc_ray.serve.deployments import Encoder
 from raexmc_ray.serve.errors import MissingShardsError
+from raexmc_ray.serve.held import Held
 from raexmc_ray.serve.schema import Joint, PredictReply, PredictRequest, ServeSettings
 
 PATIENCE_S = 2.0
@@ -129,6 +130,28 @@ def test_a_snapshot_that_cannot_be_opened_leaves_the_ingress_where_it_is(small_m
         with pytest.raises(SnapshotError, match="no-such"):
             await ingress.hold("no-such")
         assert ingress.view is before
+
+    asyncio.run(run())
+
+
+def test_no_call_fails_for_an_opening_that_nobody_waited_for() -> None:
+    """It failed after its caller had given up: whoever comes next has it tried again."""
+    tries: list[str] = []
+
+    def open_(snapshot: str) -> str:
+        tries.append(snapshot)
+        time.sleep(0.2)
+        if len(tries) == 1:
+            raise OSError("the store was not there")
+        return snapshot
+
+    async def run() -> None:
+        held = Held(open_)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(held.get("a"), 0.05)
+        await asyncio.sleep(0.5)
+        assert await held.get("a") == await held.get("a") == "a"
+        assert tries == ["a", "a"]
 
     asyncio.run(run())
 

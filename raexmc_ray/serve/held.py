@@ -22,14 +22,16 @@ class Held(Generic[T]):
     async def get(self, snapshot: str) -> T:
         """What belongs to the snapshot. Raises what opening it raises; the next call then tries again."""
         if snapshot not in self._opened:
-            self._opened[snapshot] = asyncio.ensure_future(asyncio.to_thread(self._open, snapshot))
+            opening = asyncio.ensure_future(asyncio.to_thread(self._open, snapshot))
+            opening.add_done_callback(lambda done: self._forget_failed(snapshot, done))
+            self._opened[snapshot] = opening
             while len(self._opened) > KEPT:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(snapshot)
-        opening = self._opened[snapshot]
-        try:
-            return await asyncio.shield(opening)  # whoever gives up waiting does not stop it for the others
-        except Exception:
-            if self._opened.get(snapshot) is opening:
-                del self._opened[snapshot]
-            raise
+        return await asyncio.shield(self._opened[snapshot])  # whoever gives up waiting does not stop it for the others
+
+    def _forget_failed(self, snapshot: str, opening: asyncio.Future[T]) -> None:
+        """Also where nobody waits for it any more."""
+        failed = opening.cancelled() or opening.exception()
+        if failed and self._opened.get(snapshot) is opening:
+            del self._opened[snapshot]
