@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +82,24 @@ def test_a_body_of_unknown_fields_is_one_error(content: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="100,000 fields are more than there are") as caught:
         PredictRequest.model_validate(content)
     assert caught.value.error_count() <= 2
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "said"),
+    [
+        ({"joint": 0}, r"neighbours\.joint\.joint: Input should be greater than or equal to 1"),
+        ({"joint": 5, "labels": 2}, r"neighbours\.joint\.labels: Extra inputs are not permitted"),
+        ({"labels": -1}, r"neighbours\.apart\.labels: Input should be greater than or equal to 0"),
+        ({"instances": 0}, r"neighbours\.apart: Value error, at least one of `instances` and `labels` must be .* zero"),
+        ({"x": 1}, r"neighbours\.apart\.x: Extra inputs are not permitted"),
+        (5, r"neighbours\.apart: Input should be a valid dictionary or instance of Apart"),
+    ],
+)
+def test_one_mistake_in_the_neighbours_is_one_error(neighbours: object, said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        PredictRequest.model_validate({"texts": ["x"], "neighbours": neighbours})
+    (error,) = caught.value.errors()
+    assert re.fullmatch(said, f"{'.'.join(map(str, error['loc']))}: {error['msg']}")
 
 
 def test_what_is_not_finite_is_refused() -> None:

@@ -10,9 +10,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     Strict,
     StringConstraints,
+    Tag,
     model_validator,
 )
 
@@ -165,6 +167,14 @@ class Apart(_Asked):
         return self
 
 
+def _mode(given: object) -> str:
+    """Which of the two was meant, so that an error is said of that one, and not of both."""
+    return "joint" if isinstance(given, Joint) or (isinstance(given, dict) and "joint" in given) else "apart"
+
+
+JointOrApart = Annotated[Annotated[Joint, Tag("joint")] | Annotated[Apart, Tag("apart")], Discriminator(_mode)]
+
+
 class PredictRequest(_Asked):
     """Which labels fit these texts? What is left out is as the snapshot's defaults have it."""
 
@@ -177,7 +187,7 @@ class PredictRequest(_Asked):
     """1 trusts the training instances only, 0 the labels only."""
     temperature: float | None = Field(None, ge=1e-4, le=100, examples=[0.08], strict=True)
     """Of the softmax over the retrieved keys."""
-    neighbours: Joint | Apart | None = Field(None, examples=[{"joint": 200}])
+    neighbours: JointOrApart | None = Field(None, examples=[{"joint": 200}])
     """How many keys are retrieved: of all, or of instances and labels apart."""
     evidence: Integer = Field(0, ge=0, le=100, examples=[3])
     """How many keys are named for each label as its evidence. Texts × k × (1 + evidence) is limited, too: see
