@@ -40,9 +40,10 @@ def label_rows(labels: pa.Table, indices: list[int]) -> list[dict[str, str | int
 
 
 def _fold(text: pa.ChunkedArray | pa.Scalar) -> pa.ChunkedArray | pa.Scalar:
-    """Text in which case makes no difference. Character by character, as Python's `str.lower` is not: a prefix's fold
-    is a prefix of the fold. By way of upper case, since Greek has two small letters for one."""
-    return pc.utf8_lower(pc.utf8_upper(text))
+    """Text in which neither case makes a difference nor whether a letter and its accent are one character or two.
+    Character by character, as Python's `str.lower` is not: a prefix's fold is a prefix of the fold, unless it ends
+    between a letter and its accent. By way of upper case, since Greek has two small letters for one."""
+    return pc.utf8_normalize(pc.utf8_lower(pc.utf8_upper(text)), form="NFC")
 
 
 class _Sorted:

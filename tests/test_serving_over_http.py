@@ -168,6 +168,21 @@ def test_labels_are_found_in_any_case_of_any_script() -> None:
         assert sorted(lookup.starting_with(prefix, 10)) == found, prefix
 
 
+def test_labels_are_found_however_their_accents_are_spelled() -> None:
+    """As one character, or as a letter and its accent: files, systems and keyboards differ."""
+    texts = ["caf\u00e9 au lait", "cafe\u0301 noir", "Cafeteria", "\u01f0", "각"]
+    lookup = LabelLookup(pa.table({"index": range(5), "uid": list("abcde"), "text": texts}))
+    for prefix, found in (
+        ("caf\u00e9", [0, 1]),
+        ("CAFE\u0301", [0, 1]),
+        ("caf\u00e9 n", [1]),
+        ("cafe", [2]),
+        ("J\u030c", [3]),
+        ("\u1100\u1161\u11a8", [4]),
+    ):
+        assert sorted(lookup.starting_with(prefix, 10)) == found, prefix
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
