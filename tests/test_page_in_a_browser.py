@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from importlib import resources
 
 import pytest
 from conftest import free_port
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from raexmc_ray.recipe import Recipe
+from raexmc_ray.serve.api import _security
 from raexmc_ray.serve.run import serving
 from raexmc_ray.serve.schema import ServeSettings
 
@@ -154,3 +156,33 @@ def test_a_text_is_text_and_an_error_is_said(guarded: str, browser: Browser) -> 
     page.get_by_label("Which labels fit this text?").fill("vim again")
     expect(page.get_by_role("alert")).to_be_hidden()
     expect(page.locator("#answer > li")).to_have_count(10)
+
+
+def test_it_answers_whatever_the_browser_and_the_limits_are(browser: Browser) -> None:
+    """A browser that no longer lets the address say the text, and an application that allows a single neighbour."""
+    html = resources.files("raexmc_ray.serve").joinpath("page.html").read_text("utf-8")
+    defaults = {"lambda": 0.5, "temperature": 0.05, "neighbours": {"joint": 1}, "k": 3}
+    limits = {"neighbours": 1, "k": 1000, "characters": 20_000}
+    memory = {"snapshot": "s", "labels": 5, "instances": 5, "shards": 1, "defaults": defaults, "limits": limits}
+    label = {"label": 1, "uid": "u", "text": "a label", "score": 0.5, "label_share": 0.4, "evidence": []}
+    reply = {
+        "snapshot": "s", "answers": [{"labels": [label]}], "missing_shards": [], "milliseconds": {"total": 1.0}
+    }  # fmt: skip
+
+    def answer(route: Route) -> None:
+        if route.request.url.endswith("/v1/predict"):
+            route.fulfill(json=reply)
+        elif route.request.url.endswith("/v1/memory"):
+            route.fulfill(json=memory)
+        else:
+            route.fulfill(body=html, content_type="text/html", headers=_security(html))
+
+    page = browser.new_context(viewport=DESKTOP).new_page()  # type: ignore[arg-type]
+    page.add_init_script("history.replaceState = () => { throw new DOMException('too often', 'SecurityError') }")
+    page.route("**/*", answer)
+    page.goto("http://the-page.test/")
+    page.get_by_label("Which labels fit this text?").fill(TEXT)
+    expect(page.locator("#answer > li")).to_have_count(1)
+    with page.expect_request("**/v1/predict") as asked:
+        page.locator("#mode").select_option("apart")
+    assert asked.value.post_data_json["neighbours"] == {"instances": 1, "labels": 1}
