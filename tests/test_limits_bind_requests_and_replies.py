@@ -17,6 +17,7 @@ from raexmc_ray.memory.shard import cut_texts
 from raexmc_ray.recipe import Neighbours, PredictionSection
 from raexmc_ray.serve.api import make_api
 from raexmc_ray.serve.guard import Tokens
+from raexmc_ray.serve.metrics import TEXTS
 from raexmc_ray.serve.query import within
 from raexmc_ray.serve.schema import Limits, ServeSettings
 
@@ -112,3 +113,8 @@ def test_each_kind_of_neighbours_is_cut_for_itself() -> None:
     assert within(LIMITS, labels) == PredictionSection(neighbours=Neighbours(labels=5), k=3)
     fits = PredictionSection(neighbours=Neighbours(joint=5), k=3)
     assert within(LIMITS, fits) == fits
+
+
+def test_the_largest_batch_is_seen_in_its_size() -> None:
+    (largest,) = [bound.le for bound in ServeSettings.model_fields["batch_texts"].metadata if hasattr(bound, "le")]
+    assert largest == TEXTS[-1]

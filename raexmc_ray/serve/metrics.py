@@ -8,6 +8,8 @@ from __future__ import annotations
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
+TEXTS = [2**power for power in range(11)]
+"""Up to the largest batch that `batch_texts` may ask for: beyond the last of them a quantile says nothing."""
 
 
 def request_counter() -> Counter:
@@ -23,8 +25,8 @@ class IngressMetrics:
         self._seconds = Histogram("raexmc_request_seconds", "Time of a request.", SECONDS, tag_keys=("path",))
         self._stages = Histogram("raexmc_stage_seconds", "Time of a stage of a batch.", SECONDS, tag_keys=("stage",))
         self._shards = Histogram("raexmc_shard_search_seconds", "Time of a shard's search.", SECONDS, ("shard",))
-        self._texts = Histogram("raexmc_batch_texts", "Texts of a batch.", [1, 2, 4, 8, 16, 32, 64, 128, 256])
-        self._missing = Counter("raexmc_missing_shards", "Searches that a shard did not answer.", tag_keys=("shard",))
+        self._texts = Histogram("raexmc_batch_texts", "Texts of a batch.", TEXTS)
+        self._missing = Counter("raexmc_missing_shards", "Calls that a shard did not answer.", tag_keys=("shard",))
         self._retries = Counter("raexmc_retries", "Calls made again, of another replica if any.", tag_keys=("of",))
         self._snapshot = Gauge("raexmc_snapshot", "1 for the snapshot in use.", tag_keys=("snapshot",))
 
