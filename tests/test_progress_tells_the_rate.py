@@ -1,6 +1,13 @@
 """The line of progress tells the speed of this run, whatever was done before it."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
 from raexmc_ray.progress import Progress
+from raexmc_ray.recipe import Recipe
+from raexmc_ray.train import watch
 
 
 def test_what_was_done_before_is_in_the_count_and_not_in_the_rate() -> None:
@@ -12,3 +19,21 @@ def test_what_was_done_before_is_in_the_count_and_not_in_the_rate() -> None:
         now += 1
         progress.add(256)
     assert str(progress._bar).startswith("train: 2,575,360 of 5,120,000 texts, 256.00 texts/s, 2:45:40 left")
+
+
+@pytest.mark.parametrize("done", [0, 1, 40])
+def test_the_first_look_at_a_training_tells_no_rate(monkeypatch: pytest.MonkeyPatch, done: int) -> None:
+    now = 0.0
+    seen = watch.Seen(running=True, begun_at=0, step=done, figures={"epoch": 0.0, "loss": 3.0} if done else {})
+    monkeypatch.setattr(watch.ray, "get", lambda reply: reply)
+    actor: Any = SimpleNamespace(get=SimpleNamespace(remote=lambda: seen))
+    recipe = Recipe.parse({"corpus": {"path": "any"}, "training": {"batch_size": 256}})
+    plan: Any = SimpleNamespace(recipe=recipe, steps=1000)
+    watcher = watch.Watcher(actor, plan)
+    watcher._progress._bar._time = lambda: now
+    watcher._show()
+    assert str(watcher._progress._bar).startswith(f"train: {done * 256:,} of 256,000 texts, ? texts/s, ? left")
+    now, seen.step, seen.figures = 10.0, done + 10, {"epoch": 0.1, "loss": 2.9}
+    watcher._show()
+    assert f"train: {(done + 10) * 256:,} of 256,000 texts, 256.00 texts/s" in str(watcher._progress._bar)
+    assert str(watcher._progress._bar).endswith("epoch=0.1, loss=2.900")

@@ -168,14 +168,16 @@ class Watcher:
             beside = ["mining"] * training.mining.on + ["evaluation"] * (training.evaluation.every > 0)
             speed = f"{self._batch / seconds:.0f} texts/s" + f", beside {' and '.join(beside)}" * bool(beside)
             logger.info("time        about %.2f hours more, at %s", hours, speed)
-        if "loss" not in figures or (self._shown is not None and step <= self._shown):
+        if seen.begun_at is None or (self._shown is not None and step <= self._shown):
             return
-        fields = {"epoch": f"{figures['epoch']:.1f}", "loss": f"{figures['loss']:.3f}"}
+        if self._shown is None:  # steps that were done when we first look took none of the time that we know of
+            self._shown = step
+            self._progress.begin_at(step * self._batch)
+        fields = {}
+        if "loss" in figures:
+            fields = {"epoch": f"{figures['epoch']:.1f}", "loss": f"{figures['loss']:.3f}"}
         if self._metric in figures:
             fields[f"held-out {self._metric}"] = f"{figures[self._metric]:.1f}"
-        if self._shown is None:
-            self._shown = seen.begun_at or 0
-            self._progress.begin_at(self._shown * self._batch)
         self._progress.add((step - self._shown) * self._batch, **fields)
         self._shown = step
 
