@@ -125,6 +125,7 @@ GOOD = {"uid": ["a", "b"], "text": ["one", "two"], "labels": [[0], []]}
 
 def write_parquet(folder: Path, **change: list) -> Path:
     columns = {**GOOD, **change}
+    folder.mkdir(exist_ok=True)
     pq.write_table(pa.table({name: v for name, v in columns.items() if v}), folder / "instances.parquet")
     pq.write_table(pa.table({"uid": ["l"], "text": ["a label"]}), folder / "labels.parquet")
     return folder
@@ -137,18 +138,30 @@ def write_parquet(folder: Path, **change: list) -> Path:
         ({"labels": [[0], [1]]}, ["line 2", "'labels'", "out of range"]),
         ({"labels": [[0], [0, 0]]}, ["line 2", "'labels'", "twice"]),
         ({"labels": [[0.5], []]}, ["'labels'", "integers"]),
-        ({"labels": [[None], []]}, ["'labels'", "null"]),
+        ({"labels": [["0"], []]}, ["'labels'", "rows of labels.parquet, counted from 0", "string"]),
+        ({"labels": [0, 0]}, ["'labels'", "lists of integers"]),
+        ({"labels": [[], [0, None]]}, ["line 2", "'labels'", "null"]),
+        ({"labels": [[None], []]}, ["line 1", "'labels'", "null"]),
         ({"labels": []}, ["'labels'", "no such column"]),
         ({"text": []}, ["'text'", "no such column"]),
         ({"text": ["one", " "]}, ["line 2", "'text'", "empty"]),
-        ({"text": ["one", None]}, ["line 2", "'text'", "null"]),
+        ({"text": ["one", None]}, ["line 2", "'text'", "null", "give the row a text"]),
         ({"text": ["one", "t\0"]}, ["line 2", "'text'", "NUL"]),
-        ({"uid": ["a", "a"]}, ["line 2", "'uid'", "duplicate"]),
+        ({"uid": ["a", "a"]}, ["line 2", "'uid'", "duplicate", "first on line 1"]),
+        ({"uid": ["a", None]}, ["line 2", "'uid'", "null", "give the row a uid"]),
         ({"uid": ["a", ""]}, ["line 2", "'uid'", "empty"]),
     ],
 )
 def test_bad_parquet_is_named(tmp_path: Path, change: dict[str, list], words: list[str]) -> None:
     refused(write_parquet(tmp_path, **change), "instances.parquet", *words)
+
+
+def test_a_label_without_a_text_is_not_told_to_go(tmp_path: Path) -> None:
+    """Dropped, its row would give each label behind it another index, and nothing would say so."""
+    pq.write_table(pa.table({"uid": ["l"], "text": [None]}), write_parquet(tmp_path / "parquet") / "labels.parquet")
+    (write_tiny_corpus(tmp_path / "json") / "lbl.json").write_bytes(json_lines([{"uid": "l", "title": ""}]))
+    for layout in ("parquet", "json"):
+        refused(tmp_path / layout, "line 1", "drop it if it is no label's")
 
 
 def test_parquet_without_a_label_is_legal_and_torn_parquet_is_refused(tmp_path: Path) -> None:

@@ -58,12 +58,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise CorpusError(path, f"cannot be read: {error.strerror or error}") from None
 
 
+GIVE_A_TEXT = (
+    "give the row a text, or drop it if it is no label's (a label that has none may have its uid: were its row dropped, "
+    "each label behind it would be taken for the one before)"
+)
+
+
 def check_text(path: Path, line: int, field: str, text: str) -> str:
     """`text`, unless it is empty, blank or carries a NUL."""
     if "\0" in text:
         raise CorpusError(path, "there is a NUL byte in the text: remove it", line=line, field=field)
     if not text.strip():
-        raise CorpusError(path, "the text is empty: give the row a text, or drop the row", line=line, field=field)
+        raise CorpusError(path, f"the text is empty: {GIVE_A_TEXT}", line=line, field=field)
     return text
 
 

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raexmc_ray.corpus.lines import check_text, find, is_there, read_pairs
+from raexmc_ray.corpus.lines import GIVE_A_TEXT, check_text, find, is_there, read_pairs
 from raexmc_ray.corpus.types import Corpus, CorpusError, Split, pair_matrix
+
+LABELS_ARE = "must be lists of integers, which are rows of labels.parquet, counted from 0"
 
 
 def read(folder: Path, fields: Sequence[str]) -> Corpus:
@@ -60,7 +62,8 @@ def _texts(path: Path, table: pa.Table) -> pa.Table:
             raise CorpusError(path, f"cannot be read as strings ({error})", field=name) from None
         if column.null_count:
             row = int(np.flatnonzero(np.asarray(column.is_null()))[0]) + 1
-            raise CorpusError(path, "is null", line=row, field=name)
+            remedy = GIVE_A_TEXT if name == "text" else "give the row a uid of its own"
+            raise CorpusError(path, f"is null: {remedy}", line=row, field=name)
         columns[name] = column
     blank = pc.or_(pc.equal(pc.utf8_trim_whitespace(columns["text"]), ""), pc.match_substring(columns["text"], "\0"))
     for place in np.flatnonzero(np.asarray(blank)).tolist():
@@ -70,22 +73,35 @@ def _texts(path: Path, table: pa.Table) -> pa.Table:
     counts = pc.value_counts(columns["uid"])
     if len(counts) < len(table):
         twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
-        line = int(np.flatnonzero(np.asarray(pc.equal(columns["uid"], twice)))[1]) + 1
-        raise CorpusError(path, f"duplicate uid {twice!r}", line=line, field="uid")
+        first, second = (1 + np.flatnonzero(np.asarray(pc.equal(columns["uid"], twice)))[:2]).tolist()
+        raise CorpusError(
+            path,
+            f"duplicate uid {twice!r}, first on line {first}: uids are unique in a file",
+            line=second,
+            field="uid",
+        )
     return pa.table(columns)
 
 
 def _read_split(path: Path, labels: int, filter_path: Path | None) -> Split:
     table = _read_table(path, ("uid", "text", "labels"))
     texts = _texts(path, table)
+    kind = table.schema.field("labels").type
+    inner = getattr(kind, "value_type", kind)
+    # Arrow would cast strings, too: uids that are spelled in digits would be taken for rows of the labels.
+    if not (pa.types.is_integer(inner) or pa.types.is_null(inner)):
+        raise CorpusError(path, f"{LABELS_ARE} (found {kind})", field="labels")
     try:
         targets = table["labels"].cast(pa.list_(pa.int64())).combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise CorpusError(path, f"is not a list of integers ({error})", field="labels") from None
+        raise CorpusError(path, f"{LABELS_ARE} ({error})", field="labels") from None
     counts = np.asarray(pc.fill_null(pc.list_value_length(targets), 0))
     rows = np.repeat(np.arange(len(table)), counts)
-    if targets.flatten().null_count:
-        raise CorpusError(path, "there is a null among the labels", field="labels")
+    nulls = np.flatnonzero(np.asarray(targets.flatten().is_null()))
+    if len(nulls):
+        raise CorpusError(
+            path, "there is a null among the labels: leave it out", line=int(rows[nulls[0]]) + 1, field="labels"
+        )
     columns = np.asarray(targets.flatten())
     outside = np.flatnonzero((columns < 0) | (columns >= labels))
     if len(outside):
