@@ -24,15 +24,15 @@ def inverse_propensity(relevance: sp.csr_matrix, a: float, b: float) -> np.ndarr
 
     relevance: CSR [N, L] of the training part. Jain, Prabhu, Varma: Extreme Multi-label Loss Functions for
     Recommendation, Tagging, Ranking & Other Missing Label Applications, KDD 2016. A label that no training instance
-    has weighs most: 1 + C·B^−A. Raises ValueError where that is infinite.
+    has weighs most: 1 + C·B^−A. Of one row or two, every label weighs 1. Raises ValueError where a weight is infinite.
     """
     rows, labels = relevance.shape
     counts = np.bincount(relevance.indices, minlength=labels)
     if b == 0 and not counts.all():
         raise ValueError(
-            "corpus.propensity_b is 0, and a label without a training instance would weigh infinitely much"
+            "corpus.propensity_b is 0, and a label without a training instance would weigh infinitely much: raise it"
         )
-    c = (np.log(rows) - 1) * (b + 1) ** a
+    c = max(0.0, np.log(max(1, rows)) - 1) * (b + 1) ** a  # below three rows propensities would be above 1
     return 1 + c * (counts + b) ** -a
 
 

@@ -48,6 +48,12 @@ def test_inverse_propensity_by_hand() -> None:
     assert inverse_propensity(truth, 0.55, 1.5) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_no_label_weighs_less_than_nothing_where_there_are_hardly_any_rows(rows: int) -> None:
+    trained = relevance([0, 1], [0])[:rows]
+    assert inverse_propensity(trained, 0.55, 1.5).tolist() == [1.0] * 6
+
+
 def test_rows_without_labels_are_excluded_and_short_rows_padded() -> None:
     alone = table([[0, -1, -1]], relevance([0, 1, 2]))
     assert alone["P@3"] == pytest.approx(100 / 3)
