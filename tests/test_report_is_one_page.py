@@ -125,12 +125,12 @@ def test_it_can_be_read_on_a_phone_and_a_desktop(written: tuple[Measured, Findin
         browser.close()
 
 
-def corpus_in(folder: Path, train: list[list[int]], test: list[list[int]], labels: int) -> Corpus:
+def corpus_in(folder: Path, train: list[list[int]], test: list[list[int]], labels: int, text: str = HOSTILE) -> Corpus:
     folder.mkdir()
     for name, rows in (("trn.json", train), ("tst.json", test)):
-        lines = [{"uid": f"{name}{i}", "title": f"{HOSTILE} {i}", "target_ind": row} for i, row in enumerate(rows)]
+        lines = [{"uid": f"{name}{i}", "title": f"{text} {i}", "target_ind": row} for i, row in enumerate(rows)]
         (folder / name).write_bytes(json_lines(lines))
-    (folder / "lbl.json").write_bytes(json_lines([{"uid": str(i), "title": f"{HOSTILE} {i}"} for i in range(labels)]))
+    (folder / "lbl.json").write_bytes(json_lines([{"uid": str(i), "title": f"{text} {i}"} for i in range(labels)]))
     return read_corpus(folder)
 
 
@@ -155,6 +155,14 @@ def test_little_data_and_hostile_text(
     json.loads(findings.model_dump_json())
     if findings.mistakes:
         assert "&lt;script&gt;" in page
+
+
+def test_texts_and_labels_of_any_length_are_cut(tmp_path: Path) -> None:
+    corpus = corpus_in(tmp_path / "corpus", [[0], [1], [2]], [[0], [1], [2]], 3, text="word " * 5000)
+    _, findings, page = report(corpus, tmp_path, PredictionSection())
+    assert findings.mistakes
+    assert "word " * 50 in page
+    assert "word " * 60 not in page
 
 
 def test_sources_are_counted_as_by_hand() -> None:
