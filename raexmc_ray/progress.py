@@ -32,7 +32,7 @@ class Progress:
             file=sys.stderr if self._terminal else _Nowhere(),
             bar_format="{desc}: {n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left{postfix}",
         )
-        self._logged = time.monotonic()
+        self._logged, self._said = time.monotonic(), -1
 
     def __enter__(self) -> Self:
         return self
@@ -40,7 +40,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None and self._said != self._bar.n:
             self._log()
         self._bar.close()
 
@@ -58,7 +58,7 @@ class Progress:
         self._bar.n = self._bar.initial = self._bar.last_print_n = units
 
     def _log(self) -> None:
-        self._logged = time.monotonic()
+        self._logged, self._said = time.monotonic(), self._bar.n
         if not self._terminal and not self.quiet:
             logger.info("%s", self._bar)
 

@@ -1,5 +1,6 @@
 """The line of progress tells the speed of this run, whatever was done before it."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,14 @@ def test_what_was_done_before_is_in_the_count_and_not_in_the_rate() -> None:
         now += 1
         progress.add(256)
     assert str(progress._bar).startswith("train: 2,575,360 of 5,120,000 texts, 256.00 texts/s, 2:45:40 left")
+
+
+def test_the_end_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("raexmc_ray.progress.LOG_EVERY_S", -1.0)
+    with caplog.at_level("INFO", "raexmc_ray"), Progress("build", 2, "shards") as progress:
+        progress.add(1)
+        progress.add(1)
+    assert re.findall(r"build: \d of \d", caplog.text) == ["build: 1 of 2", "build: 2 of 2"]
 
 
 @pytest.mark.parametrize("done", [0, 1, 40])
