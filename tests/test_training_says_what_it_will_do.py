@@ -119,6 +119,13 @@ def test_what_cannot_work_is_refused_at_once(
     assert time.monotonic() - started < 20, "before any worker is started"
 
 
+@pytest.mark.parametrize("labelled", [0, 1])
+def test_no_smaller_batch_is_asked_for_than_there_can_be(labelled: int, tiny_corpus: Path, tmp_path: Path) -> None:
+    recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path))
+    with pytest.raises(ValueError, match=f"only {labelled} training instances have a label: .*raexmc build --encoder"):
+        refuse(recipe, labelled)
+
+
 @pytest.mark.parametrize(
     ("overrides", "idle"),
     [

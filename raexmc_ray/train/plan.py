@@ -128,9 +128,12 @@ def refuse(recipe: Recipe, labelled: int) -> None:
     settings = recipe.training
     if labelled < settings.batch_size:
         held_out = " and are not held out for training.evaluation" if settings.evaluation.every else ""
+        remedy = "make the batch smaller"
+        if labelled < 2:  # no batch is so small
+            remedy = "give the corpus more, or build the memory over a pretrained encoder (raexmc build --encoder)"
         raise ValueError(
             f"training.batch_size is {settings.batch_size}, but only {labelled} training instances have a label"
-            f"{held_out}: make the batch smaller"
+            f"{held_out}: {remedy}"
         )
     _refuse_storage(Folder.at(recipe.cluster.storage))
     cluster = recipe.cluster
