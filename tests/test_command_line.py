@@ -89,12 +89,16 @@ def test_brackets_in_texts_are_printed(capsys: pytest.CaptureFixture[str]) -> No
     assert all(text in printed for text in texts)
 
 
-def test_what_is_printed_is_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed_is_what_there_is(
+    small_memory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rich makes styles of brackets, and pictures of names between colons: of a path or a reply it would be another."""
     said = "/data/[x]/:bug:/[/y]"
     print_plain(json.dumps({"text": said}))
     console.print(f"memory: {said}", soft_wrap=True)
     assert capsys.readouterr().out == f"{json.dumps({'text': said})}\nmemory: {said}\n"
+    shutil.copytree(small_memory, tmp_path / "[lr=0.1]")
+    assert "[lr=0.1]" in run("inspect", str(tmp_path / "[lr=0.1]")).stdout
 
 
 def test_inspect_says_what_is_in_a_memory(tmp_path: Path, tiny_corpus: Path) -> None:
@@ -104,7 +108,10 @@ def test_inspect_says_what_is_in_a_memory(tmp_path: Path, tiny_corpus: Path) -> 
     assert done.returncode == 0
     for printed in (snapshot, "240 instances", "4, flat index"):
         assert printed in done.stdout
-    assert raexmc_ray.open(tmp_path / "memory").manifest.id == snapshot
+    manifest = raexmc_ray.open(tmp_path / "memory").manifest
+    assert manifest.id == snapshot
+    cells = [line.split("│")[-2].strip() for line in done.stdout.splitlines() if "│" in line]
+    assert manifest.defaults.model_dump_json(by_alias=True, exclude_none=True) in "".join(cells), "folded, not cut"
 
 
 def test_inspect_verifies_every_byte_and_names_the_file_that_was_altered(small_memory: Path, tmp_path: Path) -> None:

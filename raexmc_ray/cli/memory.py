@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from raexmc_ray.cli.output import console, say_bytes
 from raexmc_ray.recipe import Recipe
@@ -23,7 +23,7 @@ def inspect(
     folder = Folder.at(memory)
     opened = snapshot.open_snapshot(folder)
     manifest = opened.manifest
-    table = Table(title=str(folder), show_header=False, title_justify="left")
+    table = Table("", Column(overflow="fold"), title=str(folder), show_header=False, title_justify="left")
     total = sum(entry.size for entry in manifest.files.values())
     sizes = [f"{part} {say_bytes(size)}" for part, size in manifest.bytes_by_part().items()]
     lists = f", {manifest.index.probes} of {manifest.index.lists:,} lists probed" if manifest.index.lists else ""
