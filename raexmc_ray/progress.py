@@ -21,14 +21,17 @@ class Progress:
     quiet = False
     """Show nothing, anywhere in this process (`raexmc --quiet`)."""
 
-    def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, name: str, total: int, unit: str, done: int = 0, *, if_long: bool = False) -> None:
+        """if_long: show nothing of what is done within LOG_EVERY_S."""
         self._terminal = sys.stderr.isatty()
+        self._if_long = if_long
         self._bar = tqdm(
             desc=name,
             total=total,
             initial=done,
             unit=f" {unit}",
             disable=self.quiet,
+            delay=LOG_EVERY_S if if_long else 0,
             file=sys.stderr if self._terminal else _Nowhere(),
             bar_format="{desc}: {n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left{postfix}",
         )
@@ -40,7 +43,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self._said != self._bar.n:
+        untold = self._if_long and self._said < 0
+        if kind is None and self._said != self._bar.n and not untold:
             self._log()
         self._bar.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import scipy.sparse as sp
 from conftest import ROOT
 
+from raexmc_ray import progress
 from raexmc_ray.corpus import Corpus, CorpusError, Split, read_corpus
+from raexmc_ray.corpus import lines as corpus_lines
 
 TRAIN = [
     {"uid": "a", "title": "red", "content": "a colour", "target_ind": [0, 2]},
@@ -185,3 +188,21 @@ def test_the_shipped_corpora_are_whole() -> None:
     assert (len(related.train), len(related.test), len(related.labels)) == (11_797, 4_014, 15_785)
     depends = read_corpus(ROOT / "examples/debian-depends")
     assert (len(depends.train), len(depends.test), len(depends.labels)) == (33_219, 13_533, 30_838)
+
+
+@pytest.mark.parametrize("name", ["trn.json", "trn.json.gz"])
+def test_a_long_reading_is_told_in_bytes_of_the_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr(corpus_lines, "TOLD_EVERY", 2)
+    rows = [{"uid": f"r{i}", "title": f"text {i}", "target_ind": []} for i in range(500)]
+    folder = write(tmp_path)
+    (folder / "trn.json").unlink()
+    (folder / name).write_bytes(gzip.compress(lines(rows)) if name.endswith(".gz") else lines(rows))
+    with caplog.at_level(logging.INFO, "raexmc_ray"):
+        assert len(read_corpus(folder).train) == 500
+    size = f"{(folder / name).stat().st_size:,}"
+    told = [line for line in caplog.messages if line.startswith(f"read {name}: ")]
+    assert len(told) > 2
+    assert told[-1].startswith(f"read {name}: {size} of {size} bytes")

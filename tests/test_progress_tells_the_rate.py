@@ -1,11 +1,16 @@
-"""The line of progress tells the speed of this run, whatever was done before it."""
+"""The line of progress tells the speed of this run, whatever was done before it; of what is soon done it may be
+silent."""
 
+from __future__ import annotations
+
+import logging
 import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from raexmc_ray import progress as progress_module
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train import watch
@@ -46,3 +51,13 @@ def test_the_first_look_at_a_training_tells_no_rate(monkeypatch: pytest.MonkeyPa
     watcher._show()
     assert f"train: {(done + 10) * 256:,} of 256,000 texts, 256.00 texts/s" in str(watcher._progress._bar)
     assert str(watcher._progress._bar).endswith("epoch=0.1, loss=2.900")
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_what_is_soon_done_may_go_untold(
+    long: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress_module, "LOG_EVERY_S", 0.0 if long else 60.0)
+    with caplog.at_level(logging.INFO), Progress("read", 3, "bytes", if_long=True) as progress:
+        progress.add(3)
+    assert ("read: 3 of 3 bytes" in caplog.text) == long

@@ -6,9 +6,13 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from raexmc_ray.corpus.types import CorpusError
+from raexmc_ray.progress import Progress
+
+TOLD_EVERY = 4096
+"""Lines between two looks at how far a file is read."""
 
 
 def is_there(path: Path) -> bool:
@@ -29,7 +33,7 @@ def find(folder: Path, name: str) -> Path | None:
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end) of a UTF-8 text file, gzip where the name ends in .gz; a byte order
-    mark is left out.
+    mark is left out. A line of progress, by the bytes of the file, tells of a long one.
 
     Raises CorpusError at a NUL byte, at bytes that are not UTF-8, and where the gzip stream is cut short.
     """
@@ -37,8 +41,16 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         if path.suffix == ".gz" and not path.stat().st_size:
             raise EOFError("there is no byte in it")  # gzip takes it for an empty text
-        with _open(path) as file:
+        size, told = path.stat().st_size, 0
+        with (
+            path.open("rb") as opened,
+            _unpacked(path, opened) as file,
+            Progress(f"read {path.name}", size, "bytes", if_long=True) as progress,
+        ):
             for number, raw in enumerate(file, 1):
+                if number % TOLD_EVERY == 0:
+                    told, before = opened.tell(), told
+                    progress.add(told - before)
                 if b"\0" in raw:
                     raise CorpusError(path, "there is a NUL byte: the file is damaged", line=number)
                 try:
@@ -50,6 +62,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                         "convert the file to UTF-8",
                         line=number,
                     ) from None
+            progress.add(size - told)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CorpusError(
             path, f"the gzip stream is cut short or damaged ({error}): copy the file again", line=number + 1
@@ -117,5 +130,6 @@ def read_pairs(path: Path | None, rows: int, columns: int) -> tuple[list[int], l
     return [row for row, _ in pairs], [label for _, label in pairs]
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # a GzipFile is no BinaryIO
+def _unpacked(path: Path, file: BinaryIO) -> IO[bytes]:
+    """The bytes of an open file; of a gzip, those that are packed in it."""
+    return gzip.open(file, "rb") if path.suffix == ".gz" else file  # type: ignore[return-value]  # a GzipFile is no BinaryIO
