@@ -3,6 +3,7 @@ gradient caching, too, and with dropout."""
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ from ranks import run_ranks
 
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.recipe import MiningSection, TrainingSection
+from raexmc_ray.train import mining
 from raexmc_ray.train.loop import agree_on_precision
 from raexmc_ray.train.mining import Part, mine, search
 from raexmc_ray.train.sampler import Mined, Sampler
@@ -143,3 +145,18 @@ def test_groups_lie_closer_than_chance() -> None:
     groups = np.split(found.grouped, found.groups[1:-1])
     same = [len(set((group // 6).tolist())) == 1 for group in groups if len(group) == 6]
     assert np.mean(same) > 0.9
+
+
+def test_mining_holds_little_beside_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mining, "QUERY_BLOCK", 256)
+    rng = np.random.default_rng(0)
+    N, L, settings = 1 << 15, 500, MiningSection(labels=2, depth=64)
+    instances, labels = (Part(unit_rows(rng, n, 4), 0, 1, n) for n in (N, L))
+    relevance = random_relevance(rng, N, L, density=0.02)
+    tracemalloc.start()
+    try:
+        found = mine(instances, labels, relevance, settings, rng).labels
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * found.nbytes

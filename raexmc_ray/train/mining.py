@@ -17,6 +17,7 @@ import torch
 
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.index import GPU_WIDTH
+from raexmc_ray.metrics import look_up
 from raexmc_ray.recipe import MiningSection
 from raexmc_ray.tokens import Tokens
 from raexmc_ray.train.gather import exchange, gather
@@ -58,7 +59,7 @@ def embed_part(encoder: TextEncoder, tokens: Tokens, batch_size: int, rank: int 
 
 
 def search(queries: Part, keys: Part, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows int64 [n, k], inner products float32 [n, k]) of the nearest keys of all ranks to this rank's queries.
+    """(rows int32 [n, k], inner products float32 [n, k]) of the nearest keys of all ranks to this rank's queries.
 
     In the order (score descending, row ascending); −1 and −∞ where there are fewer than k keys.
     """
@@ -67,9 +68,12 @@ def search(queries: Part, keys: Part, k: int) -> tuple[np.ndarray, np.ndarray]:
     # All ranks' queries meet on each: what these and their answers take must not grow with the ranks.
     size = max(1, QUERY_BLOCK * BLOCK_RANKS // max(BLOCK_RANKS, queries.ranks))
     blocks = -(-_rows_of_largest_part(queries) // size)
-    rows, scores = [], []
+    # Not joined from blocks at the end: of millions of queries they are gigabytes, and would be there twice.
+    rows = np.empty((len(queries.vectors), k), np.int32)
+    scores = np.empty((len(queries.vectors), k), np.float32)
     for block in range(blocks):
-        mine = queries.vectors[block * size : (block + 1) * size]
+        own = slice(block * size, (block + 1) * size)
+        mine = queries.vectors[own]
         width = min(size, _rows_of_largest_part(queries) - block * size)
         padded = torch.from_numpy(np.pad(mine, ((0, width - len(mine)), (0, 0))))
         asked = gather(padded, queries.ranks).numpy()
@@ -87,9 +91,9 @@ def search(queries: Part, keys: Part, k: int) -> tuple[np.ndarray, np.ndarray]:
         found_scores = exchange(torch.from_numpy(part_scores.reshape(shape))).numpy()[:, : len(mine)]
         merged_rows, merged_scores = np.concatenate(found_rows, axis=1), np.concatenate(found_scores, axis=1)
         order = np.lexsort((merged_rows, -merged_scores))[:, :k]
-        rows.append(np.take_along_axis(merged_rows, order, 1))
-        scores.append(np.take_along_axis(merged_scores, order, 1))
-    return np.concatenate(rows), np.concatenate(scores)
+        rows[own] = np.take_along_axis(merged_rows, order, 1)
+        scores[own] = np.take_along_axis(merged_scores, order, 1)
+    return rows, scores
 
 
 def mine(
@@ -103,12 +107,16 @@ def mine(
     if settings.batches == "neighbours":
         neighbours, _ = search(instances, instances, 1 + NEIGHBOURS_PER_GROUP_MEMBER * settings.group)
         labelled = np.diff(relevance.indptr) > 0
-        neighbours = all_rows(neighbours.astype(np.int32), instances)
+        neighbours = all_rows(neighbours, instances)
         grouped, groups = group_neighbours(neighbours, labelled, settings.group, rng)
     candidates = np.empty((instances.total, 0), np.int32)
     if settings.labels:
-        nearest, _ = search(instances, labels, settings.depth)
-        candidates = all_rows(_without_known(nearest, relevance[instances.rows]), instances)
+        nearest = search(instances, labels, settings.depth)[0]
+        known = relevance[instances.rows]
+        for start in range(0, len(nearest), QUERY_BLOCK):
+            block = slice(start, start + QUERY_BLOCK)
+            nearest[block] = _without_known(nearest[block], known[block])
+        candidates = all_rows(nearest, instances)
     return Mined(grouped, groups, candidates)
 
 
@@ -166,9 +174,7 @@ def all_rows(mine: np.ndarray, part: Part) -> np.ndarray:
 
 
 def _without_known(labels: np.ndarray, relevance: sp.csr_matrix) -> np.ndarray:
-    """`labels` [n, k] without each row's known ones, moved up, −1 at the end; int32."""
-    n, L = relevance.shape
-    known = np.repeat(np.arange(n), np.diff(relevance.indptr)) * L + relevance.indices
-    wrong = (labels >= 0) & ~np.isin(np.arange(n)[:, None] * L + labels, known)
+    """`labels` [n, k] without each row's known ones, moved up, −1 at the end."""
+    wrong = (labels >= 0) & ~look_up(labels, relevance)
     order = np.argsort(~wrong, axis=1, kind="stable")
-    return np.where(np.take_along_axis(wrong, order, 1), np.take_along_axis(labels, order, 1), -1).astype(np.int32)
+    return np.where(np.take_along_axis(wrong, order, 1), np.take_along_axis(labels, order, 1), -1)

@@ -88,6 +88,6 @@ def _hits(rows: np.ndarray, scores: np.ndarray, relevance: sp.csr_matrix | None,
         votes, _ = ragged_take(relevance.indices, relevance.indptr, found)
         lengths = np.where(cells >= 0, np.diff(relevance.indptr)[cells], 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    keys = np.where(rows >= 0, rows + first_key, -1)
+    keys = np.where(rows >= 0, rows.astype(np.int64) + first_key, -1)
     is_label = (rows >= 0) & (relevance is None)
     return Hits(keys, scores, is_label, votes.astype(np.int32), offsets, snapshot="")
