@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from raexmc_ray.progress import Progress
+
 BUCKETS = 1 << 20
 """Words are told apart by their hash among so many."""
 PLACES = 8
@@ -43,8 +45,11 @@ class Lexical:
     def fit(cls, texts: Sequence[str], *, dimension: int, weight: float) -> Lexical:
         """Count in how many of `texts` each word stands: idf = ln((1 + N) / (1 + n)) + 1, as scikit-learn has it."""
         counts_W = np.zeros(BUCKETS, np.int64)
-        for start in range(0, len(texts), CHUNK):
-            counts_W += np.bincount(_word_counts(texts[start : start + CHUNK]).indices, minlength=BUCKETS)
+        with Progress("count words", len(texts), "texts", if_long=True) as progress:
+            for start in range(0, len(texts), CHUNK):
+                chunk = texts[start : start + CHUNK]
+                counts_W += np.bincount(_word_counts(chunk).indices, minlength=BUCKETS)
+                progress.add(len(chunk))
         idf_W = np.log((1 + len(texts)) / (1 + counts_W)) + 1
         return cls(np.where(counts_W > 0, idf_W, 0).astype(np.float32), dimension, weight)
 
