@@ -35,7 +35,8 @@ class Progress:
             file=sys.stderr if self._terminal else _Nowhere(),
             bar_format="{desc}: {n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left{postfix}",
         )
-        self._logged, self._said = time.monotonic(), -1
+        self._logged = time.monotonic()
+        self._said: float = -1  # the units that were logged last
 
     def __enter__(self) -> Self:
         return self

@@ -72,8 +72,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 GIVE_A_TEXT = (
-    "give the row a text, or drop it if it is no label's (a label that has none may have its uid: were its row dropped, "
-    "each label behind it would be taken for the one before)"
+    "give the row a text, or drop it if it is no label's (a label that has none may have its uid: were its row "
+    "dropped, each label behind it would be taken for the one before)"
 )
 
 
