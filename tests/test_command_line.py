@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import tiny_settings
+from ray.exceptions import ActorUnavailableError
 
 import raexmc_ray
 from raexmc_ray.answer import KeyVote, ScoredLabel
@@ -21,7 +22,8 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.progress import Progress
-from raexmc_ray.serve.run import _said
+from raexmc_ray.serve.errors import DeploymentFailedError
+from raexmc_ray.serve.run import _hold, _said
 
 RAEXMC = str(Path(sys.executable).parent / "raexmc")
 
@@ -79,6 +81,37 @@ def test_a_roll_out_says_what_it_waits_for_when_that_takes_long(
         with _said("takes long, quietly"):
             time.sleep(0.5)
     assert caplog.messages == ["takes long"]
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_roll_out_waits_for_the_replica_in_the_place_of_one_that_is_lost(
+    lasts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, asked = iter(range(3)), list[tuple[str, str]]()
+
+    class Handle:
+        def __init__(self, name: str, application: str) -> None:
+            self.name = name
+
+        def broadcast(self, method: str, snapshot: str) -> Handle:
+            asked.append((self.name, snapshot))
+            return self
+
+        def results(self, timeout_s: float) -> list[None]:
+            if self.name == "Encoder" and (lasts or next(losses, None) is not None):
+                raise ActorUnavailableError("lost", None)
+            return [None]
+
+    monkeypatch.setattr("raexmc_ray.serve.run.LASTING_S", 0.2)
+    monkeypatch.setattr("raexmc_ray.serve.run.POLL_S", 0.01)
+    monkeypatch.setattr("raexmc_ray.serve.run._details", lambda *_: {"status": "RUNNING"})
+    monkeypatch.setattr("raexmc_ray.serve.run.serve.get_deployment_handle", Handle)
+    if lasts:
+        with pytest.raises(DeploymentFailedError, match=r"replicas of Encoder are lost .* nothing was moved"):
+            _hold(None, "s", ["Ingress", "Encoder"], "raexmc")  # type: ignore[arg-type]
+    else:
+        _hold(None, "s", ["Ingress", "Encoder"], "raexmc")  # type: ignore[arg-type]
+        assert asked == [("Ingress", "s"), *[("Encoder", "s")] * 4]
 
 
 def test_brackets_in_texts_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,17 @@ from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
 from raexmc_ray.recipe import PredictionSection, Recipe
 from raexmc_ray.serve.environment import ENVIRONMENT
-from raexmc_ray.serve.run import APPLICATION, _client, _deployed, _set_user_config, _wait, rollback, rollout, serving
+from raexmc_ray.serve.run import (
+    APPLICATION,
+    _client,
+    _deployed,
+    _hold,
+    _set_user_config,
+    _wait,
+    rollback,
+    rollout,
+    serving,
+)
 from raexmc_ray.serve.schema import ServeSettings
 from raexmc_ray.train.trainer import trained_encoder
 
@@ -163,6 +174,25 @@ def test_a_replica_that_is_lost_meanwhile_fails_no_rollout(
         os.kill(lost[0], signal.SIGKILL)
 
     monkeypatch.setattr("raexmc_ray.serve.run._set_user_config", and_lose_an_encoder)
+    assert rollout(names[1]) == names
+    with Client(url) as client:
+        assert client.predict(["vim"]).snapshot == names[1]
+    assert lost[0] not in processes("Encoder")
+
+
+@pytest.mark.faults
+def test_a_replica_that_is_lost_while_it_opens_the_snapshot_fails_no_rollout(
+    url: str, names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[int] = []
+
+    def and_lose_an_encoder(*arguments: Any) -> None:
+        lost.extend(processes("Encoder"))
+        os.kill(lost[0], signal.SIGSTOP)  # so that it is still at it when it is killed
+        threading.Timer(10, os.kill, (lost[0], signal.SIGKILL)).start()
+        _hold(*arguments)
+
+    monkeypatch.setattr("raexmc_ray.serve.run._hold", and_lose_an_encoder)
     assert rollout(names[1]) == names
     with Client(url) as client:
         assert client.predict(["vim"]).snapshot == names[1]

@@ -8,13 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from raexmc_ray.files import Folder
@@ -224,18 +225,29 @@ def _hold(client: ServeSubmissionClient, snapshot: str, names: list[str], applic
     """Have every replica of these deployments open a snapshot beside the one in use.
 
     A replica that Serve moves is not to be reached meanwhile: what an earlier roll-out left under way is waited for,
-    but not for longer than LASTING_S, so that an application none of whose replicas start can be moved away.
+    but not for longer than LASTING_S, so that an application none of whose replicas start can be moved away. One that
+    is lost meanwhile is waited for, until Serve has put another in its place. Raises DeploymentFailedError where they
+    are lost for longer than LASTING_S: they may have no memory for two snapshots.
     """
     ends = time.monotonic() + LASTING_S
     while _details(client, application).get("status") == "DEPLOYING" and time.monotonic() < ends:
         time.sleep(POLL_S)
     waiting = {name: serve.get_deployment_handle(name, application) for name in names}
+    lost: dict[str, float] = {}
     while waiting:
         calls = {name: handle.broadcast("hold", snapshot) for name, handle in waiting.items()}
         for name, call in calls.items():
-            with suppress(DeploymentUnavailableError):
+            try:
                 call.results(timeout_s=PATIENCE_S)
                 del waiting[name]
+            except DeploymentUnavailableError:
+                pass
+            except RayActorError as error:
+                now = time.monotonic()
+                if now - lost.setdefault(name, now) > LASTING_S:
+                    said = f"replicas of {name} are lost while they open snapshot {snapshot}: nothing was moved"
+                    raise DeploymentFailedError(said) from error
+                ends = now + LASTING_S
         if waiting and time.monotonic() > ends:
             logger.warning("no replica of %s runs: it has nothing open before it is moved", ", ".join(waiting))
             return
