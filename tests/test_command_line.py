@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import tiny_settings
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.exceptions import ActorUnavailableError
 
 import raexmc_ray
@@ -23,7 +25,7 @@ from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.progress import Progress
 from raexmc_ray.serve.errors import DeploymentFailedError
-from raexmc_ray.serve.run import _hold, _said
+from raexmc_ray.serve.run import _hold, _said, rollback, rollout
 
 RAEXMC = str(Path(sys.executable).parent / "raexmc")
 
@@ -112,6 +114,17 @@ def test_a_roll_out_waits_for_the_replica_in_the_place_of_one_that_is_lost(
     else:
         _hold(None, "s", ["Ingress", "Encoder"], "raexmc")  # type: ignore[arg-type]
         assert asked == [("Ingress", "s"), *[("Encoder", "s")] * 4]
+
+
+def test_what_serve_cannot_do_is_said_and_is_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its controller is away, say."""
+    monkeypatch.setattr(ServeSubmissionClient, "__init__", lambda *_: None)
+    monkeypatch.setattr("raexmc_ray.serve.run.ray.init", lambda **_: SimpleNamespace(dashboard_url="x"))
+    reply = SimpleNamespace(status_code=503, text="Failed to get a response from the controller\n")
+    monkeypatch.setattr(ServeSubmissionClient, "_do_request", lambda *_, **__: reply)
+    for ask in (rollout, rollback):
+        with pytest.raises(DeploymentFailedError, match=r"^Ray Serve answers 503: Failed .* the controller$"):
+            ask()
 
 
 def test_brackets_in_texts_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,12 +69,7 @@ def serving(settings: ServeSettings, *, host: str = "127.0.0.1", port: int = 800
     }
     http = {"host": host, "port": port, "keep_alive_timeout_s": IDLE_S}
     try:
-        try:
-            client.deploy_applications(
-                {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
-            )
-        except RuntimeError as error:  # what its REST API answers to what it cannot do
-            raise DeploymentFailedError(str(error)) from error
+        client.deploy_applications({"proxy_location": "HeadOnly", "http_options": http, "applications": [application]})
         _wait(client, APPLICATION)
         yield url_of(host, port)
     finally:
@@ -190,11 +185,18 @@ def _said(what: str) -> Iterator[None]:
         timer.cancel()
 
 
+class _Client(ServeSubmissionClient):
+    """Of Serve's REST API, whose errors are the cause why a deployment fails."""
+
+    def _raise_error(self, r: Any) -> None:
+        raise DeploymentFailedError(f"Ray Serve answers {r.status_code}: {r.text.strip()}")
+
+
 def _client() -> ServeSubmissionClient:
     url = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url
     if not url:
         raise DeploymentFailedError("this cluster has no dashboard, which Serve is deployed through")
-    return ServeSubmissionClient(f"http://{url}")
+    return _Client(f"http://{url}")
 
 
 def _deployed(client: ServeSubmissionClient, application: str) -> dict[str, Any]:
