@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -145,6 +146,16 @@ def test_what_is_printed_is_what_there_is(
     assert capsys.readouterr().out == f"{json.dumps({'text': said})}\nmemory: {said}\n"
     shutil.copytree(small_memory, tmp_path / "[lr=0.1]")
     assert "[lr=0.1]" in run("inspect", str(tmp_path / "[lr=0.1]")).stdout
+
+
+def test_no_text_gives_the_terminal_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    title, text, key = "a\x1b]0;title\x07", "b\x1b[2J\nnext", "c\x9b31m 👩\u200d🚀"
+    vote = KeyVote(key_id=0, kind="label", uid="u", text=key, similarity=0.5, share=1.0)
+    print_answer(title, [ScoredLabel(label=0, uid="u", text=text, score=0.5, label_share=1.0, evidence=[vote])])
+    printed = capsys.readouterr().out
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", printed)
+    for said in ("a ]0;title", "b [2J next", "c 31m 👩\u200d🚀"):
+        assert said in printed
 
 
 def test_inspect_says_what_is_in_a_memory(tmp_path: Path, tiny_corpus: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,16 +20,21 @@ console = Console(markup=False, emoji=False)  # what is printed is what there is
 
 def print_answer(text: str, labels: Sequence[ScoredLabel]) -> None:
     """The labels of one text as a table, with the evidence for each."""
-    table = Table(title=Text(text), title_justify="left", pad_edge=False, box=None)
+    table = Table(title=_shown(text), title_justify="left", pad_edge=False, box=None)
     for name, justify in (("score", "right"), ("label", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literals
     for label in labels:
-        table.add_row(f"{label.score:.4f}", Text(label.text))
+        table.add_row(f"{label.score:.4f}", _shown(label.text))
         for vote in label.evidence or []:
             said = f"{vote.share:>4.0%} from {vote.kind}, cosine {vote.similarity:.2f}: {vote.text}"
-            table.add_row("", Text(f"  {said}", style="dim"))
+            table.add_row("", _shown(f"  {said}", "dim"))
     console.print(table)
     console.print()
+
+
+def _shown(text: str, style: str = "") -> Text:
+    """A text that comes from anywhere: a terminal would obey its control characters."""
+    return Text(re.sub("[\x00-\x1f\x7f-\x9f]", " ", text), style)
 
 
 def print_summary(summary: Summary, output: Folder, kind: type[Job]) -> None:
