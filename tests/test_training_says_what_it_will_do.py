@@ -33,19 +33,26 @@ def test_the_estimate_of_memory_follows_the_settings(tiny_corpus: Path, tmp_path
         recipe = Recipe.parse(tiny_settings(tiny_corpus, tmp_path), list(overrides))
         return worker_bytes(encoder, recipe, instances=keys, labels=keys // 2)
 
-    plain, cached = estimate("training.batch_size=4096"), estimate(
-        "training.batch_size=4096", "training.gradient_cache=true"
-    )  # fmt: skip
+    batch, cache = "training.batch_size=4096", "training.gradient_cache=true"
+    plain, cached = estimate(batch, keys=10_000), estimate(batch, cache, keys=10_000)
     assert cached < plain / 3
-    assert estimate("training.batch_size=4096", "cluster.workers=4", "cluster.cpus_per_worker=1") < plain
-    assert estimate("training.batch_size=4096", "training.gradient_cache=true", "training.chunk_size=128") > cached
+    assert estimate(batch, "cluster.workers=4", "cluster.cpus_per_worker=1", keys=10_000) < plain
+    assert estimate(batch, cache, "training.chunk_size=128", keys=10_000) > cached
 
     large, larger = (
-        estimate(f"training.batch_size={batch}", f"cluster.workers={batch // 4096}", "training.gradient_cache=true")
+        estimate(
+            f"training.batch_size={batch}",
+            f"cluster.workers={batch // 4096}",
+            "training.gradient_cache=true",
+            keys=1_000_000,
+        )
         for batch in (65_536, 131_072)
     )
     keys = 2 * 65_536  # more: of each an embedding and its gradient, of its own and gathered, and 64 similarities
     assert larger - large == keys * (encoder.width * 4 * 4 + 64 * 12 * 4)
+
+    few, many = (estimate(f"training.positives_per_instance={number}", keys=200) for number in (10, 1000))
+    assert few == many, "there are 100 labels in all"
 
     millions, mined = 10_000_000, ("training.mining.batches=neighbours", "training.mining.group=2")
     assert estimate(keys=millions) == estimate()

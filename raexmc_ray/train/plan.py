@@ -71,7 +71,8 @@ def worker_bytes(encoder: TextEncoder, recipe: Recipe, instances: int, labels: i
     settings, config = recipe.training, cast(Any, encoder.model.config)
     hidden, layers, heads = encoder.width, int(config.num_hidden_layers), int(config.num_attention_heads)
     weights = sum(p.numel() for p in encoder.parameters())
-    texts = settings.batch_size * (1 + settings.positives_per_instance + settings.mining.labels)
+    drawn = settings.batch_size * (settings.positives_per_instance + settings.mining.labels)
+    texts = settings.batch_size + min(drawn, labels)  # a label is encoded once, whoever draws it
     alive = settings.chunk_size if settings.gradient_cache else -(-texts // recipe.cluster.workers)
     tokens = encoder.max_tokens
     gpu = recipe.cluster.gpu
