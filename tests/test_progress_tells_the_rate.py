@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
+from conftest import tiny_settings
 
 from raexmc_ray import progress as progress_module
 from raexmc_ray.progress import Progress
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train import watch
+from raexmc_ray.train.plan import Plan
 
 
 def test_what_was_done_before_is_in_the_count_and_not_in_the_rate() -> None:
@@ -61,3 +65,25 @@ def test_what_is_soon_done_may_go_untold(
     with caplog.at_level(logging.INFO), Progress("read", 3, "bytes", if_long=True) as progress:
         progress.add(3)
     assert ("read: 3 of 3 bytes" in caplog.text) == long
+
+
+@pytest.fixture
+def watcher(tmp_path: Path) -> watch.Watcher:
+    """Of a training of 100 steps of 32 texts."""
+    recipe = Recipe.parse(tiny_settings(tmp_path, tmp_path), ["training.epochs=1", "training.batch_size=32"])
+    return watch.Watcher(None, Plan(recipe, instances=3200, steps_an_epoch=100, parameters=1, memory_bytes=1))
+
+
+def test_a_long_time_without_a_step_is_explained(
+    watcher: watch.Watcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = mock.Mock(return_value=0.0)
+    monkeypatch.setattr(watch.time, "monotonic", clock)
+    with caplog.at_level(logging.INFO, "raexmc_ray"):
+        for second, figures in enumerate([{"mining": 1.0}] * 300 + [{"mining": 0.0}] * 5 + [{"evaluation": 1.0}] * 5):
+            clock.return_value = float(second)
+            watcher._tell_asides(watch.Seen(running=True, figures=figures))
+        watcher._tell_asides(watch.Seen(running=False, figures={"evaluation": 1.0}))
+    first, last = caplog.messages
+    assert first.startswith("mining: the keys are embedded and searched")
+    assert last == "mining took 300 s"

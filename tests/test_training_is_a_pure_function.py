@@ -40,12 +40,16 @@ class StoppedError(Exception):
     """What takes the place of a kill."""
 
 
-def run(corpus: Path, folder: Path, overrides: list[str], stop_at: int | None = None) -> tuple[Loop, State]:
-    """The run in `folder`, or its next life."""
+def run(
+    corpus: Path, folder: Path, overrides: list[str], stop_at: int | None = None, told: list[dict] | None = None
+) -> tuple[Loop, State]:
+    """The run in `folder`, or its next life. told: gets what it reports."""
     recipe = Recipe.parse(tiny_settings(corpus, folder), overrides)
     encoder = make_encoder(recipe, torch.device("cpu"))
 
     def report(step: int, figures: dict[str, float]) -> None:
+        if told is not None:
+            told.append({"step": step, **figures})
         if step == stop_at and "loss" in figures:
             raise StoppedError
 
@@ -90,6 +94,15 @@ def test_a_finished_run_is_not_run_again(undisturbed: tuple, tiny_corpus: Path) 
     assert ended == state
     assert torch.equal(weights(again.encoder), weights(loop.encoder))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == names
+
+
+def test_it_tells_when_it_mines_and_evaluates(tiny_corpus: Path, tmp_path: Path) -> None:
+    told: list[dict] = []
+    short = ["cluster.workers=1", "training.epochs=1", "training.mining.labels=2", EVERYTHING[-1]]
+    run(tiny_corpus, tmp_path, short, told=told)
+    mined, evaluated = ([(t["step"], t[name]) for t in told if name in t] for name in ("mining", "evaluation"))
+    assert mined == [(0, 1), (0, 0)]
+    assert evaluated == [(6, 1), (6, 0)]
 
 
 def test_the_best_checkpoint_is_kept_and_named(undisturbed: tuple) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -107,7 +108,8 @@ class Loop:
         ranks: int = 1,
     ) -> None:
         """encoder: on its device, with the weights that a new run starts from. folder: of this run alone.
-        report: told (steps done, figures) after each step, and, without figures, where the run begins or goes on."""
+        report: told (steps done, figures) after each step; without figures, where the run begins or goes on; and where
+        it mines or evaluates: 1 as that begins, 0 as it ends, by its name."""
         settings = recipe.training
         self.recipe, self.settings, self.data, self.encoder = recipe, settings, data, encoder
         self.folder, self.rank, self.ranks, self.report = folder, rank, ranks, report
@@ -169,7 +171,7 @@ class Loop:
         mined_in = self._mined_in(self.state.step)
         file = self.folder / "mined" / _mined_name(epoch if mined_in is None else mined_in)
         if mined_in is None:
-            with self.meter("mining"):
+            with self._aside("mining"):
                 instances, labels = self._embed()
                 rng = np.random.default_rng([self.settings.seed, epoch, 1])
                 mined = mine(instances, labels, self.data.relevance, mining, rng)
@@ -274,7 +276,7 @@ class Loop:
     def _evaluate(self) -> None:
         held_out, settings = self.data.held_out, self.settings.evaluation
         assert held_out is not None, "the trainer holds rows out where it is to evaluate"
-        with self.meter("evaluation"):
+        with self._aside("evaluation"):
             figures = validate(self.encoder, held_out, *self._embed(), self.data.relevance, self.recipe)
         state = self.state
         if state.best is None or figures[settings.metric] > state.best:
@@ -285,6 +287,14 @@ class Loop:
         self.report(state.step, figures)
         if self.rank == 0:
             self.curves.add(state.step, figures)
+
+    @contextmanager
+    def _aside(self, what: str) -> Iterator[None]:
+        """No step is taken inside: the report is told when that begins and when it ends."""
+        self.report(self.state.step, {what: 1.0})
+        with self.meter(what):
+            yield
+        self.report(self.state.step, {what: 0.0})
 
     def _save(self) -> None:
         if self.rank == 0:

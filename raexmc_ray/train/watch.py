@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 BUSY_S = 30.0
 """Until it is said that no worker has begun, or begun again: they import torch for a part of it."""
+ASIDES = ("mining", "evaluation")
+"""Figures of what no step is taken during: 1 while it goes on, 0 when it is done."""
+ASIDE_S = 10.0
+"""Until it is said that one goes on."""
 LONGEST_CAUSE = 400
 """Letters of a worker's error that are told."""
 logger = logging.getLogger("raexmc_ray")
@@ -62,6 +66,7 @@ class ProgressActor:
         What a worker of an earlier start said of the run came too late to end it, and may have been that start's.
         """
         self._seen.running, self._seen.begun_at, self._seen.stopped = True, None, None
+        self._seen.figures |= dict.fromkeys(ASIDES, 0.0)
 
     def update(self, step: int, figures: dict[str, float]) -> None:
         """So many steps are done; first of all, those that are done as the training begins."""
@@ -135,6 +140,7 @@ class Watcher:
         self._told_time = self._told_start = False
         self._failures, self._max_failures = 0, plan.recipe.cluster.max_failures
         self._busy_at = time.monotonic() + BUSY_S
+        self._aside, self._aside_since, self._told_aside = "", 0.0, False
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.stopped: Exception | None = None
 
@@ -159,6 +165,7 @@ class Watcher:
         seen: Seen = ray.get(self._actor.get.remote())
         self.stopped = seen.stopped
         self._tell_starts(seen)
+        self._tell_asides(seen)
         step, figures = seen.step, seen.figures
         if not self._told_time and "seconds_per_step" in figures:
             self._told_time = True
@@ -196,6 +203,20 @@ class Watcher:
                 logger.warning("training started again from step %s", f"{seen.begun_at:,}")
             elif seen.begun_at:
                 logger.info("training goes on from step %s", f"{seen.begun_at:,}")
+
+    def _tell_asides(self, seen: Seen) -> None:
+        """Say what a long time without a step is for, and how long it took."""
+        if not seen.running:
+            self._aside = ""
+            return
+        now = next((name for name in ASIDES if seen.figures.get(name)), "")
+        if now != self._aside:
+            if self._aside and self._told_aside:
+                logger.info("%s took %.0f s", self._aside, time.monotonic() - self._aside_since)
+            self._aside, self._aside_since, self._told_aside = now, time.monotonic(), False
+        elif now and not self._told_aside and time.monotonic() - self._aside_since > ASIDE_S:
+            self._told_aside = True
+            logger.info("%s: the keys are embedded and searched, and no step is taken until that is done", now)
 
     def _say_busy(self) -> None:
         there, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]  # Ray's
