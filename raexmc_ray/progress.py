@@ -33,7 +33,7 @@ class Progress:
             disable=self.quiet,
             delay=LOG_EVERY_S if if_long else 0,
             file=sys.stderr if self._terminal else _Nowhere(),
-            bar_format="{desc}: {n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left{postfix}",
+            bar_format="{desc}: {n:,} of {total:,}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}",
         )
         self._logged = time.monotonic()
         self._said: float = -1  # the units that were logged last

@@ -112,7 +112,10 @@ def _sampled(held_out: HeldOut, rows: int) -> HeldOut:
     """At most `rows` of those that have a label, drawn by a fixed seed. Raises ValueError where there are none."""
     labelled = np.flatnonzero(held_out.split.labels_per_row)
     if not len(labelled):
-        raise ValueError(f"there is no row to choose settings on ({held_out.said}): none has a label that others have")
+        raise ValueError(
+            f"there is no row to choose settings on ({held_out.said}): none has a label that others have. Hold more "
+            "rows out (training.evaluation.holdout, corpus.holdout), and train or build again"
+        )
     drawn = np.sort(np.random.default_rng(0).permutation(labelled)[:rows])
     own = None if held_out.own_keys is None else held_out.own_keys[drawn]
     said = f"{len(drawn):,} rows of {held_out.said}"
