@@ -38,6 +38,7 @@ LEXICAL = ["memory.lexical.weight=0.4", "memory.lexical.dimension=1024"]
 SIX_LAYERS = ["encoder.layers=6", "training.epochs=3", "training.learning_rate=2.0e-4", VOTING]
 LESS_LEXICAL = [*LEXICAL, "memory.lexical.weight=0.3"]
 FIFTY = "prediction.neighbours={instances: 50, labels: 50}"
+BATCHES = [*SIX_LAYERS, *LESS_LEXICAL, FIFTY]
 SMALL_STEPS: dict[str, list[str]] = {
     "voting instances, lexical part": [VOTING, *LEXICAL],
     "voting instances, lexical part of 0.3": [VOTING, *LESS_LEXICAL],
@@ -57,6 +58,15 @@ SMALL_STEPS: dict[str, list[str]] = {
     "6 layers, 6 epochs, voting, lexical part, dropout": [
         *SIX_LAYERS,
         *LEXICAL,
+        "training.epochs=6",
+        "training.dropout=0.1",
+    ],
+    "6 layers, 3 epochs, batches of 256": BATCHES,
+    "6 layers, 3 epochs, batches of 128": [*BATCHES, "training.batch_size=128"],
+    "6 layers, 3 epochs, batches of 64": [*BATCHES, "training.batch_size=64"],
+    "6 layers, 6 epochs, dropout, batches of 128": [
+        *BATCHES,
+        "training.batch_size=128",
         "training.epochs=6",
         "training.dropout=0.1",
     ],
