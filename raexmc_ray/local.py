@@ -79,8 +79,11 @@ class Memory:
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of texts: write predict([text])")
-        if any(not text.strip() for text in texts):
-            raise ValueError("a text is empty: there is nothing to label")
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{place}] is no string, but {type(text).__name__}")
+            if not text.strip():
+                raise ValueError(f"texts[{place}] is empty: there is nothing to label")
         settings = self.settings(k, lambda_, temperature, neighbours)
         hits = self.search(self.encoder.encode(texts), settings.neighbours)
         lambda_, temperature = settings.lambda_, settings.temperature

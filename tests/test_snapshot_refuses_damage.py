@@ -64,8 +64,10 @@ def test_a_memory_over_an_untrained_encoder_answers(memory: Path, corpus: Corpus
     assert raexmc_ray.open(memory).predict([text], k=5, evidence=2) == [labels]
     with pytest.raises(TypeError, match="list"):
         opened.predict(text)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="empty"):
-        opened.predict([" "])
+    with pytest.raises(TypeError, match=r"texts\[1\] is no string, but NoneType"):
+        opened.predict([text, None])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"texts\[1\] is empty"):
+        opened.predict([text, " "])
     with pytest.raises(ValueError):
         opened.predict([text], k=0)
 
