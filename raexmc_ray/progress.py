@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
 
 LOG_EVERY_S = 10.0
+SAY_S = 3.0
+"""Whoever waits for longer is told for what."""
 logger = logging.getLogger("raexmc_ray")
 
 
@@ -66,6 +71,23 @@ class Progress:
         self._logged, self._said = time.monotonic(), self._bar.n
         if not self._terminal and not self.quiet:
             logger.info("%s", self._bar)
+
+
+@contextmanager
+def said_if_long(what: str) -> Iterator[None]:
+    """Say what is being done, if it takes longer than SAY_S: for work that cannot be counted."""
+
+    def say() -> None:
+        if not Progress.quiet:
+            logger.info("%s", what)
+
+    timer = threading.Timer(SAY_S, say)
+    timer.daemon = True  # a command that is broken off does not wait for it
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Nowhere:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +23,8 @@ from raexmc_ray.cli.output import console, print_answer, print_plain, say_bytes
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.write import build_memory
-from raexmc_ray.progress import Progress
 from raexmc_ray.serve.errors import DeploymentFailedError
-from raexmc_ray.serve.run import _hold, _said, rollback, rollout
+from raexmc_ray.serve.run import _hold, rollback, rollout
 
 RAEXMC = str(Path(sys.executable).parent / "raexmc")
 
@@ -69,21 +67,6 @@ def test_mistakes_are_said_in_one_line(tmp_path: Path, tiny_corpus: Path, small_
         assert done.returncode == 1, done.stdout + done.stderr
         assert says in done.stderr
         assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_roll_out_says_what_it_waits_for_when_that_takes_long(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("raexmc_ray.serve.run.SAY_S", 0.1)
-    with caplog.at_level("INFO", logger="raexmc_ray"):
-        with _said("soon over"):
-            pass
-        with _said("takes long"):
-            time.sleep(0.5)
-        monkeypatch.setattr(Progress, "quiet", True)
-        with _said("takes long, quietly"):
-            time.sleep(0.5)
-    assert caplog.messages == ["takes long"]
 
 
 @pytest.mark.parametrize("lasts", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from conftest import tiny_settings
 
 from raexmc_ray import progress as progress_module
-from raexmc_ray.progress import Progress
+from raexmc_ray.progress import Progress, said_if_long
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train import watch
 from raexmc_ray.train.plan import Plan
@@ -87,3 +88,16 @@ def test_a_long_time_without_a_step_is_explained(
     first, last = caplog.messages
     assert first.startswith("mining: the keys are embedded and searched")
     assert last == "mining took 300 s"
+
+
+def test_what_takes_long_issaid_if_long(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raexmc_ray.progress.SAY_S", 0.1)
+    with caplog.at_level("INFO", logger="raexmc_ray"):
+        with said_if_long("soon over"):
+            pass
+        with said_if_long("takes long"):
+            time.sleep(0.5)
+        monkeypatch.setattr(Progress, "quiet", True)
+        with said_if_long("takes long, quietly"):
+            time.sleep(0.5)
+    assert caplog.messages == ["takes long"]

@@ -29,7 +29,7 @@ from raexmc_ray.memory.write import (
     trained_before,
     write_shard,
 )
-from raexmc_ray.progress import Progress
+from raexmc_ray.progress import Progress, said_if_long
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train.published import refuse_altered
 
@@ -48,8 +48,9 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder, *, trained: bool = Tr
     refuse_altered(encoder, given.fingerprint)
     tower = key_encoder(given, table, recipe.memory)
     plan = SnapshotPlan.of(storage / "memory", corpus, tower, recipe.memory, recipe.prediction)
-    if published_before(plan, corpus, tower, recipe.prediction):
-        return plan.id
+    with said_if_long(f"looking for the keys of snapshot {plan.id} in what was published before"):
+        if published_before(plan, corpus, tower, recipe.prediction):
+            return plan.id
     cpus = recipe.cluster.cpus_per_worker
     remedy = "lower cluster.cpus_per_worker"
     more_shards = f", or raise memory.shards ({plan.shards})"
@@ -83,7 +84,8 @@ def write_shards(
     trained = trained_before(plan)
     if trained is None:
         memory = _for_training(plan, cpus)["memory"]
-        trained = _result(_train.options(num_cpus=cpus, memory=memory).remote(plan, embeddings, threads))
+        with said_if_long(f"training the {plan.index.kind} index that all shards share"):
+            trained = _result(_train.options(num_cpus=cpus, memory=memory).remote(plan, embeddings, threads))
     done = shards_before(plan)
     missing = [shard for shard in range(plan.shards) if shard not in done]
     if missing:

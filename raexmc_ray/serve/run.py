@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from raexmc_ray.files import Folder
 from raexmc_ray.memory.snapshot import open_snapshot, publish_current, verify
-from raexmc_ray.progress import Progress
+from raexmc_ray.progress import said_if_long
 from raexmc_ray.serve.app import build_app
 from raexmc_ray.serve.errors import DeploymentFailedError
 from raexmc_ray.serve.guard import TOKENS, Tokens, refuse_open_door
@@ -34,8 +33,6 @@ meanwhile, and has put another in its place by then."""
 IDLE_S = 620
 """How long an idle connection is kept: longer than callers keep it, Go's 90 s and Google's load balancers 600. What is
 sent on one that is just being closed is lost."""
-SAY_S = 3.0
-"""Whoever waits for longer is told for what."""
 logger = logging.getLogger("raexmc_ray")
 
 
@@ -151,38 +148,21 @@ def _move(snapshot: str | None, application: str, *, back: bool) -> tuple[str, s
             f"snapshot {target.manifest.id} has {target.manifest.shards} shards, the application runs "
             f"{now.manifest.shards}: deploy it anew (`serve deploy`)"
         )
-    with _said(f"checking every byte of snapshot {target.manifest.id}"):
+    with said_if_long(f"checking every byte of snapshot {target.manifest.id}"):
         for _ in verify(target):
             pass
     names = ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(target.manifest.shards))]
-    with _said(f"waiting for every replica to open snapshot {target.manifest.id}"):
+    with said_if_long(f"waiting for every replica to open snapshot {target.manifest.id}"):
         _hold(client, target.manifest.id, names, application)
     if back:
         publish_current(memory, target.manifest.id)
         previous = target.manifest.id
     elif target.manifest.id != before:  # whoever stays where they are goes back to where they came from
         previous = before
-    with _said(f"waiting for every replica to move to snapshot {target.manifest.id}"):
+    with said_if_long(f"waiting for every replica to move to snapshot {target.manifest.id}"):
         _set_user_config(client, application, names, {"snapshot": target.manifest.id, "previous": previous})
         _wait(client, application, LASTING_S)
     return before, target.manifest.id
-
-
-@contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Say what is being done, if it takes longer than SAY_S."""
-
-    def say() -> None:
-        if not Progress.quiet:
-            logger.info("%s", what)
-
-    timer = threading.Timer(SAY_S, say)
-    timer.daemon = True  # a command that is broken off does not wait for it
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 class _Client(ServeSubmissionClient):
