@@ -17,7 +17,15 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from raexmc_ray.recipe import Neighbours
-from raexmc_ray.serve.schema import LabelReply, LabelsReply, MemoryReply, PredictReply, PredictRequest, Problem
+from raexmc_ray.serve.schema import (
+    LabelReply,
+    LabelsReply,
+    MemoryReply,
+    PredictReply,
+    PredictRequest,
+    Problem,
+    say_errors,
+)
 
 Reply = TypeVar("Reply", bound=BaseModel)
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -199,8 +207,7 @@ def _body(
     try:
         request = PredictRequest.model_validate(content)
     except ValidationError as error:
-        said = (f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()[:10])
-        raise ValueError("; ".join(said)) from None
+        raise ValueError(say_errors(error.errors())) from None
     return request.model_dump_json(by_alias=True, exclude_none=True).encode()
 
 

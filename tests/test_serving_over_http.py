@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pyarrow as pa
 import pytest
 import ray
 import schemathesis
@@ -24,7 +23,6 @@ from schemathesis import GenerationMode
 
 import raexmc_ray
 from raexmc_ray.client import ApiError, AsyncClient, Client, UnreachableError
-from raexmc_ray.label_lookup import LabelLookup
 from raexmc_ray.recipe import Neighbours, PredictionSection, Recipe
 from raexmc_ray.serve.run import _client, serving
 from raexmc_ray.serve.schema import Limits, PredictReply, ServeSettings
@@ -153,34 +151,6 @@ def test_memory_health_and_ready(served: str) -> None:
     assert sum(memory.bytes.values()) > 0
     assert httpx.get(f"{served}/v1/health", timeout=60).json() == {"status": "ok"}
     assert httpx.get(f"{served}/v1/ready", timeout=60).json() == {"status": "ready"}
-
-
-def test_labels_are_found_in_any_case_of_any_script() -> None:
-    texts = ["ΟΔΟΣ", "οδός", "İzmir", "izmir", "Straße"]
-    lookup = LabelLookup(pa.table({"index": range(5), "uid": list("abcde"), "text": texts}))
-    for prefix, found in (
-        *((prefix, [0]) for prefix in ("ΟΔΟΣ", "οδος", "οδοσ", "Οδο")),
-        *((prefix, [2, 3]) for prefix in ("İz", "iz", "IZMIR")),
-        ("ΟΔ", [0, 1]),
-        ("STRA", [4]),
-        ("straß", [4]),
-    ):
-        assert sorted(lookup.starting_with(prefix, 10)) == found, prefix
-
-
-def test_labels_are_found_however_their_accents_are_spelled() -> None:
-    """As one character, or as a letter and its accent: files, systems and keyboards differ."""
-    texts = ["caf\u00e9 au lait", "cafe\u0301 noir", "Cafeteria", "\u01f0", "각"]
-    lookup = LabelLookup(pa.table({"index": range(5), "uid": list("abcde"), "text": texts}))
-    for prefix, found in (
-        ("caf\u00e9", [0, 1]),
-        ("CAFE\u0301", [0, 1]),
-        ("caf\u00e9 n", [1]),
-        ("cafe", [2]),
-        ("J\u030c", [3]),
-        ("\u1100\u1161\u11a8", [4]),
-    ):
-        assert sorted(lookup.starting_with(prefix, 10)) == found, prefix
 
 
 @pytest.mark.parametrize(

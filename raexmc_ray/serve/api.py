@@ -28,6 +28,7 @@ from raexmc_ray.serve.schema import (
     Problem,
     ServeSettings,
     Status,
+    say_errors,
 )
 
 if TYPE_CHECKING:
@@ -198,13 +199,6 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
         return HTMLResponse(page, headers=security)
 
 
-def _said(part: dict[str, Any]) -> str:
-    """One of pydantic's errors, for people: where, and what."""
-    if part["type"] == "json_invalid":
-        return f"body: not JSON at character {part['loc'][-1]}: {part['ctx']['error']}"
-    return f"{'.'.join(map(str, part['loc'][1:])) or 'body'}: {part['msg']}"
-
-
 def _security(page: str) -> dict[str, str]:
     """Headers of the page, which is one file: its own script and style, its own server, nothing from outside."""
     allowed = []
@@ -228,8 +222,7 @@ def _add_errors(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        lines = [_said(part) for part in error.errors()[:10]]
-        return problem(request, 422, "The request is not valid", "; ".join(lines))
+        return problem(request, 422, "The request is not valid", say_errors(error.errors(), within=1))
 
     @api.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:

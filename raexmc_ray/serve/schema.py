@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -284,3 +285,15 @@ class Problem(BaseModel):
     """Also in the header X-Request-ID, and in the logs."""
     missing_shards: list[int] | None = Field(None, examples=[[2]])
     """Shards that did not answer."""
+
+
+def say_errors(errors: Sequence[Any], within: int = 0) -> str:
+    """The first ten of pydantic's errors, for people: where, and what. within: names that each place begins with and
+    nobody wrote."""
+    return "; ".join(_said(part, within) for part in errors[:10])
+
+
+def _said(part: dict[str, Any], within: int) -> str:
+    if part["type"] == "json_invalid":
+        return f"body: not JSON at character {part['loc'][-1]}: {part['ctx']['error']}"
+    return f"{'.'.join(map(str, part['loc'][within:])) or 'body'}: {part['msg']}"
