@@ -17,7 +17,7 @@ from ray.util.state import get_actor
 
 from raexmc_ray.answer import ScoredLabel
 from raexmc_ray.client import ApiError, AsyncClient, UnreachableError
-from raexmc_ray.serve.run import APPLICATION
+from raexmc_ray.serve.rest import APPLICATION
 
 Answers = Mapping[str, Sequence[Sequence[ScoredLabel]]]
 """{snapshot: for each text its labels}."""

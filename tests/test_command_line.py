@@ -24,7 +24,7 @@ from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.write import build_memory
 from raexmc_ray.serve.errors import DeploymentFailedError
-from raexmc_ray.serve.run import _hold, rollback, rollout
+from raexmc_ray.serve.rollout import _hold, rollback, rollout
 
 RAEXMC = str(Path(sys.executable).parent / "raexmc")
 
@@ -88,10 +88,10 @@ def test_a_roll_out_waits_for_the_replica_in_the_place_of_one_that_is_lost(
                 raise ActorUnavailableError("lost", None)
             return [None]
 
-    monkeypatch.setattr("raexmc_ray.serve.run.LASTING_S", 0.2)
-    monkeypatch.setattr("raexmc_ray.serve.run.POLL_S", 0.01)
-    monkeypatch.setattr("raexmc_ray.serve.run._details", lambda *_: {"status": "RUNNING"})
-    monkeypatch.setattr("raexmc_ray.serve.run.serve.get_deployment_handle", Handle)
+    monkeypatch.setattr("raexmc_ray.serve.rollout.LASTING_S", 0.2)
+    monkeypatch.setattr("raexmc_ray.serve.rollout.POLL_S", 0.01)
+    monkeypatch.setattr("raexmc_ray.serve.rollout.details_of", lambda *_: {"status": "RUNNING"})
+    monkeypatch.setattr("raexmc_ray.serve.rollout.serve.get_deployment_handle", Handle)
     if lasts:
         with pytest.raises(DeploymentFailedError, match=r"replicas of Encoder are lost .* nothing was moved"):
             _hold(None, "s", ["Ingress", "Encoder"], "raexmc")  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_a_roll_out_waits_for_the_replica_in_the_place_of_one_that_is_lost(
 def test_what_serve_cannot_do_is_said_and_is_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """While its controller is away, say."""
     monkeypatch.setattr(ServeSubmissionClient, "__init__", lambda *_: None)
-    monkeypatch.setattr("raexmc_ray.serve.run.ray.init", lambda **_: SimpleNamespace(dashboard_url="x"))
+    monkeypatch.setattr("raexmc_ray.serve.rest.ray.init", lambda **_: SimpleNamespace(dashboard_url="x"))
     reply = SimpleNamespace(status_code=503, text="Failed to get a response from the controller\n")
     monkeypatch.setattr(ServeSubmissionClient, "_do_request", lambda *_, **__: reply)
     for ask in (rollout, rollback):

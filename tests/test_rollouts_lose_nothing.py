@@ -28,17 +28,9 @@ from raexmc_ray.memory.defaults import with_defaults
 from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
 from raexmc_ray.recipe import PredictionSection, Recipe
 from raexmc_ray.serve.environment import ENVIRONMENT
-from raexmc_ray.serve.run import (
-    APPLICATION,
-    _client,
-    _deployed,
-    _hold,
-    _set_user_config,
-    _wait,
-    rollback,
-    rollout,
-    serving,
-)
+from raexmc_ray.serve.rest import APPLICATION, config_of, connect, set_user_config, wait_until_running
+from raexmc_ray.serve.rollout import _hold, rollback, rollout
+from raexmc_ray.serve.run import serving
 from raexmc_ray.serve.schema import ServeSettings
 from raexmc_ray.train.trainer import trained_encoder
 
@@ -85,12 +77,12 @@ def application(memory: Path) -> Iterator[str]:
 def url(application: str, memory: Path, names: tuple[str, str]) -> str:
     """The URL of the application, which answers from the first snapshot and was never rolled out."""
     (memory / "CURRENT").write_text(names[0] + "\n")
-    client = _client()
-    config = _deployed(client, APPLICATION)
+    client = connect()
+    config = config_of(client, APPLICATION)
     config.pop("deployments", None)  # what roll-outs added
     config["args"] = {**config["args"], "snapshot": None}
     client.deploy_applications({"applications": [config]})
-    _wait(client, APPLICATION)
+    wait_until_running(client, APPLICATION)
     return application
 
 
@@ -144,7 +136,7 @@ def test_a_rollback_that_is_broken_off_is_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken_off:
-        broken_off.setattr("raexmc_ray.serve.run._wait", interrupted)
+        broken_off.setattr("raexmc_ray.serve.rollout.wait_until_running", interrupted)
         with pytest.raises(KeyboardInterrupt):
             rollback()
     assert (memory / "CURRENT").read_text().strip() == names[0]
@@ -155,9 +147,9 @@ def test_a_rollback_that_is_broken_off_is_gone_on_with(
 
 def test_a_rollout_waits_for_what_another_left_under_way(url: str, names: tuple[str, str]) -> None:
     """Serve reaches no replica while it moves it."""
-    client, deployments = _client(), ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(3))]
+    client, deployments = connect(), ["Ingress", "Encoder", *(f"MemoryShard-{shard}" for shard in range(3))]
     for there, back in [names[::-1], names] * 5:
-        _set_user_config(client, APPLICATION, deployments, {"snapshot": there, "previous": back})
+        set_user_config(client, APPLICATION, deployments, {"snapshot": there, "previous": back})
         assert rollout(back) == (there, back)
         assert rollout(there) == (back, there)
 
@@ -169,11 +161,11 @@ def test_a_replica_that_is_lost_meanwhile_fails_no_rollout(
     lost: list[int] = []
 
     def and_lose_an_encoder(*arguments: Any) -> None:
-        _set_user_config(*arguments)
+        set_user_config(*arguments)
         lost.extend(processes("Encoder"))
         os.kill(lost[0], signal.SIGKILL)
 
-    monkeypatch.setattr("raexmc_ray.serve.run._set_user_config", and_lose_an_encoder)
+    monkeypatch.setattr("raexmc_ray.serve.rollout.set_user_config", and_lose_an_encoder)
     assert rollout(names[1]) == names
     with Client(url) as client:
         assert client.predict(["vim"]).snapshot == names[1]
@@ -192,7 +184,7 @@ def test_a_replica_that_is_lost_while_it_opens_the_snapshot_fails_no_rollout(
         threading.Timer(10, os.kill, (lost[0], signal.SIGKILL)).start()
         _hold(*arguments)
 
-    monkeypatch.setattr("raexmc_ray.serve.run._hold", and_lose_an_encoder)
+    monkeypatch.setattr("raexmc_ray.serve.rollout._hold", and_lose_an_encoder)
     assert rollout(names[1]) == names
     with Client(url) as client:
         assert client.predict(["vim"]).snapshot == names[1]
@@ -225,17 +217,17 @@ def test_a_config_that_is_deployed_again_goes_back_to_where_it_began(
     """As README says: Serve builds an application once for the same `args`."""
     assert rollout(names[1]) == names
     (memory / "CURRENT").write_text(names[1] + "\n")
-    client = _client()
-    config = _deployed(client, APPLICATION)
+    client = connect()
+    config = config_of(client, APPLICATION)
     del config["deployments"]  # which the roll-out added
     with Client(url) as asking:
         client.deploy_applications({"applications": [config], "target_capacity": 100})
-        _wait(client, APPLICATION)
+        wait_until_running(client, APPLICATION)
         assert asking.memory().snapshot == names[0], "Serve has begun to build anew: README can do without"
         assert rollout() == names
         assert client.get_serve_details()["target_capacity"] == 100, "the cluster's own setting is left"
         assert asking.memory().snapshot == names[1]
         named = {**config, "args": {**config["args"], "snapshot": names[1]}}
         client.deploy_applications({"applications": [named]})
-        _wait(client, APPLICATION)
+        wait_until_running(client, APPLICATION)
         assert asking.memory().snapshot == names[1]

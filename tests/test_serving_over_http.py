@@ -24,7 +24,8 @@ from schemathesis import GenerationMode
 import raexmc_ray
 from raexmc_ray.client import ApiError, AsyncClient, Client, UnreachableError
 from raexmc_ray.recipe import Neighbours, PredictionSection, Recipe
-from raexmc_ray.serve.run import _client, serving
+from raexmc_ray.serve.rest import connect
+from raexmc_ray.serve.run import serving
 from raexmc_ray.serve.schema import Limits, PredictReply, ServeSettings
 
 pytestmark = pytest.mark.ray
@@ -367,7 +368,7 @@ def test_query_prints_labels(served: str, tiny_texts: list[str], capsys: pytest.
 
 def test_a_client_gives_up_an_idle_connection_before_the_server_does(served: str) -> None:
     """What is sent on a connection that is just being closed is lost. Google's load balancers keep one for 600 s."""
-    assert _client().get_serve_details()["http_options"]["keep_alive_timeout_s"] > 600
+    assert connect().get_serve_details()["http_options"]["keep_alive_timeout_s"] > 600
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def rollout(
     from raexmc_ray.serve.environment import WITHOUT_A_LOOP
 
     os.environ |= WITHOUT_A_LOOP
-    from raexmc_ray.serve.run import rollout
+    from raexmc_ray.serve.rollout import rollout
 
     with connected(existing=True):
         before, after = rollout(snapshot, application)
@@ -84,7 +84,7 @@ def rollback(application: Application = "raexmc") -> None:
     from raexmc_ray.serve.environment import WITHOUT_A_LOOP
 
     os.environ |= WITHOUT_A_LOOP
-    from raexmc_ray.serve.run import rollback
+    from raexmc_ray.serve.rollout import rollback
 
     with connected(existing=True):
         before, after = rollback(application)
