@@ -281,8 +281,8 @@ def _name(unit: pa.Table, row: int) -> str:
 
 
 def stage_encoder(storage: Folder, model: str, section: EncoderSection) -> Folder:
-    """Put any encoder (folder, hub name, `package:NAME`) where every node sees it, cut as the section says; to as many
-    tokens as it was saved with where the section names none."""
+    """Put any encoder (folder or URL, hub name, `package:NAME`) where every node sees it, cut as the section says; to
+    as many tokens as it was saved with where the section names none."""
     from raexmc_ray.encoder import TextEncoder
 
     return stage(storage, TextEncoder.load(model, layers=section.layers, max_tokens=section.max_tokens_given))

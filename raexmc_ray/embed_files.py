@@ -47,10 +47,10 @@ def embed_files(
     """Write the embedding of every input row under `output`, as inputs/job.py lays it out: parts have the columns
     (id: string, embedding: `dtype` [d]). Run again, it computes the parts that are missing.
 
-    inputs: what `find_inputs` takes. encoder: folder, hub name or `package:NAME`, cut as the section says; to as many
-    tokens as it was saved with where the section names none. Raises ValueError before the work begins where an input
-    cannot be read or has not these columns, and where `output` is another job's; it may lie among the inputs. A row
-    that cannot be embedded stops nothing: it is written to rejected/ with its reason.
+    inputs: what `find_inputs` takes. encoder: folder or URL, hub name or `package:NAME`, cut as the section says; to as
+    many tokens as it was saved with where the section names none. Raises ValueError before the work begins where an
+    input cannot be read or has not these columns, and where `output` is another job's; it may lie among the inputs. A
+    row that cannot be embedded stops nothing: it is written to rejected/ with its reason.
     """
     from raexmc_ray.encoder import TextEncoder
 

@@ -7,6 +7,7 @@ part to it (lexical.py), which takes no part in training.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib
@@ -22,6 +23,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from raexmc_ray.files import Folder, Scratch
 from raexmc_ray.lexical import Lexical
 from raexmc_ray.packed import pack_weights
 from raexmc_ray.recipe import Precision
@@ -61,13 +63,19 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def load(cls, model: str, *, layers: int | None = None, max_tokens: int | None = None) -> TextEncoder:
-        """Load a folder that `save` wrote, a folder or hub name of a transformers model, or `package:NAME`.
+        """Load a folder that `save` wrote, a folder or hub name of a transformers model, or `package:NAME`; a folder
+        is a path or the URL of one on an object store.
 
         layers: keep only the first so many; max_tokens: cut texts to so many (a saved encoder knows its own).
         Weights are float32, read from safetensors only; no code of the model's is run. Raises ValueError for what
         is not there, and for more layers or tokens than the model has.
         """
-        source = _resolve(model)
+        with _resolved(model) as source:
+            return cls._load(source, model, layers, max_tokens)
+
+    @classmethod
+    def _load(cls, source: str, model: str, layers: int | None, max_tokens: int | None) -> TextEncoder:
+        """source: what transformers finds the model by. model: what people call it."""
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -315,8 +323,23 @@ def _positions(tower: nn.Module) -> int | None:
     return None
 
 
-def _resolve(model: str) -> str:
-    """The folder or hub name that `model` stands for."""
+@contextlib.contextmanager
+def _resolved(model: str) -> Iterator[str]:
+    """The folder or hub name that `model` stands for: of a URL a copy, for as long as it is needed."""
+    if "://" in model:
+        folder = Folder.at(model)
+        with Scratch() as scratch:
+            try:
+                local = folder.local(scratch)
+            except OSError as error:  # nothing is there, or the store says no
+                raise ValueError(f"encoder.model is {folder}, which cannot be read: {error}") from None
+            yield str(local)
+    else:
+        yield _installed(model)
+
+
+def _installed(model: str) -> str:
+    """The folder of a model that a Python package carries, as `package:NAME` names it; other names as they are."""
     prefix, _, package = model.partition("package:")
     if prefix or not package:
         return model

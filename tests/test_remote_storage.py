@@ -21,6 +21,7 @@ import raexmc_ray
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.embed import stage_encoder
 from raexmc_ray.embed_files import embed_files
+from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.files import Folder
 from raexmc_ray.memory import defaults
 from raexmc_ray.memory.build import build
@@ -29,6 +30,7 @@ from raexmc_ray.memory.pool import open_in_actors
 from raexmc_ray.memory.snapshot import SnapshotError, list_snapshots, publish_current
 from raexmc_ray.recipe import ClusterSection, EncoderSection, MemorySection, PredictionSection, Recipe
 from raexmc_ray.score.run import score
+from raexmc_ray.train.trainer import run_key
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,34 @@ def test_a_memory_on_s3_answers_as_one_on_disk(
         index.write(damaged)
         with pytest.raises(SnapshotError, match=rf"shard-0001/index\.faiss: .*{said}"):
             raexmc_ray.open(url)
+
+
+def test_an_encoder_on_s3_is_loaded_as_from_disk(bucket: str, tmp_path: Path) -> None:
+    encoder, url = tiny_encoder(), bucket.format("encoders/one")
+    encoder.save(tmp_path / "encoder")
+    Folder.at(url).upload(tmp_path / "encoder")
+    assert TextEncoder.load(url).fingerprint == TextEncoder.load(str(tmp_path / "encoder")).fingerprint
+    with pytest.raises(ValueError, match=r"s3://bucket/encoders/none, .* not exist") as none:
+        TextEncoder.load(bucket.format("encoders/none"))
+    with pytest.raises(ValueError, match=r"s3://no-such-bucket/encoder.* cannot be read: ") as no_bucket:
+        TextEncoder.load(bucket.replace("@bucket", "@no-such-bucket").format("encoder"))
+    assert "secret" not in f"{none.value} {no_bucket.value}"
+
+
+def test_a_training_from_an_encoder_on_s3_is_named_by_its_files(bucket: str, tmp_path: Path) -> None:
+    corpus = read_corpus(write_tiny_corpus(tmp_path / "corpus"))
+    url = bucket.format("encoders/two")
+
+    def key(model: str = url) -> str:
+        recipe = Recipe.parse({"corpus": {"path": str(tmp_path / "corpus")}, "encoder": {"model": model}})
+        return run_key(recipe, corpus)
+
+    tiny_encoder().save(tmp_path / "encoder")
+    Folder.at(url).upload(tmp_path / "encoder")
+    first = key()
+    assert key(url.replace("key:secret@", "other:word@")) == first  # who reads them is no part of it
+    (Folder.at(url) / "model.safetensors").write(b"others")
+    assert key() != first
 
 
 @pytest.mark.ray

@@ -25,7 +25,7 @@ def build(
     overrides: Overrides = [],  # noqa: B006  # typer copies it
     encoder: Annotated[
         str | None,
-        typer.Option(help="Any encoder in place of the trained one: folder, hub name, package:NAME."),
+        typer.Option(help="Any encoder in place of the trained one: folder or URL, hub name, package:NAME."),
     ] = None,
 ) -> None:
     """Embed a corpus and publish its knowledge memory. Stopped, the same command goes on."""
@@ -50,7 +50,7 @@ def build(
 
 def embed(
     inputs: Annotated[list[str], typer.Argument(help="Parquet, JSON-lines and text files, globs, folders or URLs.")],
-    encoder: Annotated[str, typer.Option(help="Any encoder: folder, hub name, package:NAME.")],
+    encoder: Annotated[str, typer.Option(help="Any encoder: folder or URL, hub name, package:NAME.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for embeddings and rejected rows.")],
     id_column: Annotated[str, typer.Option(help="Column with the id of a row.")] = "id",
     text_column: Annotated[

@@ -25,7 +25,7 @@ from raexmc_ray.cluster import KEEP_FREED_MEMORY
 from raexmc_ray.corpus import Corpus
 from raexmc_ray.embed import stage
 from raexmc_ray.encoder import TextEncoder
-from raexmc_ray.files import Folder, describe_file
+from raexmc_ray.files import Folder
 from raexmc_ray.metrics import inverse_propensity
 from raexmc_ray.recipe import EncoderSection, EvaluationSection, MiningSection, PredictionSection, Recipe
 from raexmc_ray.train.checkpoint import Checkpoint, Checkpoints
@@ -138,9 +138,7 @@ def trained_encoder(recipe: Recipe, corpus: Corpus) -> Folder:
 
 def run_key(recipe: Recipe, corpus: Corpus) -> str:
     """Names a training run by all that its result follows from."""
-    encoder, training, prediction = (
-        section.model_dump(mode="json") for section in (recipe.encoder, recipe.training, recipe.prediction)
-    )
+    encoder, training, prediction = (recipe.record()[name] for name in ("encoder", "training", "prediction"))
     # What does nothing beside the other settings counts as it is by default.
     for name in idle_settings(recipe.training.mining):
         training["mining"][name] = MiningSection.model_fields[name].default
@@ -165,10 +163,11 @@ def run_key(recipe: Recipe, corpus: Corpus) -> str:
 
 
 def _model_files(model: str) -> dict[str, Any]:
-    """{"files": {name: sha256}} of a local model, whose files may be replaced by others; nothing for other models,
-    which their names tell apart. Only of what is loaded from there: a note beside it makes no other model."""
-    files = sorted(path for path in Path(model).glob("*") if path.suffix in MODEL_FILES)
-    return {"files": {path.name: describe_file(path).sha256 for path in files}} if files else {}
+    """{"files": {name: sha256}} of a model in a folder, whose files may be replaced by others; nothing for other
+    models, which their names tell apart. Only of what is loaded from there: a note beside it makes no other model."""
+    folder = Folder.at(model)
+    names = [name for name in folder.names() if Path(name).suffix in MODEL_FILES]
+    return {"files": {name: (folder / name).sha256() for name in names}} if names else {}
 
 
 def encoder_folder(recipe: Recipe, key: str) -> Folder:
