@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from conftest import tiny_settings
+from helpers import tiny_encoder
 
 import raexmc_ray
 from raexmc_ray.corpus import read_corpus
+from raexmc_ray.embed import stage
 from raexmc_ray.evaluation import evaluate
 from raexmc_ray.files import Folder
+from raexmc_ray.lexical import Lexical
 from raexmc_ray.memory.build import build
 from raexmc_ray.memory.pool import ShardActor, ShardPool, ShardUnavailableError, open_in_actors
 from raexmc_ray.memory.snapshot import SnapshotError, open_snapshot
@@ -73,6 +77,18 @@ def test_building_again_makes_the_same_snapshot_and_embeds_only_what_is_missing(
         found = [getattr(m.search(queries, Neighbours(joint=50)), name) for m in (before, after)]
         assert np.array_equal(*found)
     assert build(tiny_run, corpus, encoder) == before.manifest.id
+
+
+def test_the_encoder_of_a_memory_with_a_lexical_part_makes_one_without(
+    ray_cluster: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    corpus, recipe = read_corpus(tiny_corpus), Recipe.parse(tiny_settings(tiny_corpus, tmp_path))
+    given = tiny_encoder().with_lexical(Lexical.fit(["a text editor"], dimension=32, weight=0.3))
+    name = build(recipe, corpus, stage(Folder.at(tmp_path), given), trained=False)
+    assert name == raexmc_ray.build(corpus, given, tmp_path / "local", recipe.memory, recipe.prediction)
+    memory = raexmc_ray.open(memory_of(recipe).path)
+    assert memory.encoder.dimension == memory.manifest.dimension == given.width
+    assert len(memory.predict(["a text editor"], k=3)[0]) == 3
 
 
 @pytest.mark.faults

@@ -60,7 +60,8 @@ def build(recipe: Recipe, corpus: Corpus, encoder: Folder, *, trained: bool = Tr
     dtype = np.dtype(np.float32 if plan.index.stores_float32 else np.float16)
     name = f"{tower.fingerprint[:16]}-{corpus.fingerprint[:16]}-{plan.shards}-{dtype.name}"
     embeddings = Embeddings(storage / "embeddings" / name, len(table), plan.shards, dtype.name)
-    staged = stage(storage, tower) if tower.lexical else encoder
+    # With another lexical part than it was given with, or without the one that a memory's encoder has, it is another.
+    staged = encoder if tower.fingerprint == given.fingerprint else stage(storage, tower)
     embed_keys(table, staged, embeddings, recipe.encoder, recipe.cluster)
     record = recipe.record()
     if not trained:
