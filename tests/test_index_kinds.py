@@ -191,8 +191,8 @@ def test_a_query_looks_into_as_many_lists_of_a_factory_string_as_are_asked_for(t
         recalls.append(np.mean([np.isin(got, want).mean() for got, want in zip(hits.key_ids_Bb, exact, strict=True)]))
     assert recalls[0] + 0.1 < recalls[1] < recalls[2]
     assert IndexSpec.of(MemorySection(index=f"factory:{string}"), 4000, 64).probes == 32
-    assert IndexSpec.of(MemorySection(index="factory:IVF4096,Flat"), 4000, 64).probes == 128
-    assert IndexSpec.of(MemorySection(index="factory:IVF4096,Flat"), 4000, 64).sample == SAMPLE_PER_LIST * 4096
+    assert IndexSpec.of(MemorySection(index="factory:IVF4096,Flat"), 225_000, 64).probes == 128
+    assert IndexSpec.of(MemorySection(index="factory:IVF4096,Flat"), 225_000, 64).sample == SAMPLE_PER_LIST * 4096
 
 
 @pytest.mark.parametrize(
@@ -232,6 +232,20 @@ def test_lists_of_a_factory_string_are_found_once_for_all_shards(tmp_path: Path,
 def test_one_that_cannot_is_refused_before_a_text_is_embedded(string: str) -> None:
     with pytest.raises(ValueError, match=rf"memory\.index is 'factory:{string}': FAISS cannot search .* IVF"):
         IndexSpec.of(MemorySection(index=f"factory:{string}"), 700, 64)
+
+
+@pytest.mark.parametrize("string", ["IVF1024,Flat", "PCA32,IVF1024,SQ8"])
+def test_more_lists_than_keys_are_refused_before_a_text_is_embedded(string: str) -> None:
+    with pytest.raises(ValueError, match=rf"memory\.index is 'factory:{string}': 1,024 .* the 700 keys.*: take 700"):
+        IndexSpec.of(MemorySection(index=f"factory:{string}"), 700, 64)
+    assert IndexSpec.of(MemorySection(index=f"factory:{string}"), 1024, 64).sample
+
+
+@pytest.mark.parametrize("string", ["IVF16,PQ4x10", "PCA96,Flat"])
+def test_what_cannot_be_trained_is_refused_with_the_reason(tmp_path: Path, string: str) -> None:
+    keys = unit_rows(np.random.default_rng(0), 700, 64)
+    with pytest.raises(ValueError, match=rf"'factory:{string}': FAISS cannot train it on 700 keys of 64 numbers: [NP]"):
+        memory_of(keys, 400, 2, MemorySection(index=f"factory:{string}"), tmp_path)
 
 
 @pytest.mark.parametrize("string", ["RaBitQfs", "IDMap2,IVF16,Flat"])

@@ -40,6 +40,8 @@ INDEX, VECTORS, POSITIONS = "index.faiss", "vectors.npy", "positions.npy"
 SEED = 0
 SAMPLE_PER_LIST, SAMPLE_LEAST = 64, 16384
 """Keys that a quantiser is trained on: so many for each list, and so many at least."""
+LEAST_TRAINED_ON = 256
+"""Keys that FAISS is given at least, some of them more than once: as many as a code of a byte has values."""
 KMEANS_ROUNDS = 10
 GRAPH_LINKS = 32
 """Links of a key in an hnsw graph (M)."""
@@ -71,7 +73,7 @@ class IndexSpec(BaseModel):
     def of(cls, section: MemorySection, keys: int, dimension: int) -> Self:
         """What a recipe's section asks for, at this number of keys: about 2√keys lists unless they are given, and
         1 in 32 of them probed, but 32 at least. Raises ValueError for a factory string that FAISS does not know or
-        cannot search for some keys only, and for probes where it has no inverted lists."""
+        cannot search for some keys only, or with more inverted lists than keys, and for probes where it has none."""
         kind = section.index
 
         def probes(lists: int) -> int:
@@ -90,6 +92,11 @@ class IndexSpec(BaseModel):
                 raise ValueError(f"memory.probes is {section.probes}, and {kind} has no inverted lists: leave it out")
             if inverted is None:
                 return cls(kind=kind, dimension=dimension)
+            if inverted.nlist > max(keys, LEAST_TRAINED_ON):
+                raise ValueError(
+                    f"memory.index is {kind!r}: {inverted.nlist:,} inverted lists are more than the {keys:,} keys, "
+                    f"and FAISS cannot train them: take {keys:,} at most"
+                )
             bare = isinstance(faiss.downcast_index(index), faiss.IndexIVF)
             shared = bare and isinstance(faiss.downcast_index(inverted.quantizer), faiss.IndexFlat)
             lists = inverted.nlist if shared else 0
@@ -133,7 +140,7 @@ def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
     """An empty FAISS index of this kind, trained on a sample of the whole memory: float32 [n, d], of unit length.
 
     From a fixed seed, so that the same sample gives the same index. Raises ValueError for a factory string whose index
-    cannot be searched for some of its keys.
+    cannot be trained on it, or searched for some of its keys.
     """
     d, metric = spec.dimension, faiss.METRIC_INNER_PRODUCT
     fp16 = faiss.ScalarQuantizer.QT_fp16
@@ -150,7 +157,13 @@ def train_index(spec: IndexSpec, sample_ND: np.ndarray) -> Any:
     else:
         index = _inverted_lists(spec, sample_ND)
     if not index.is_trained:
-        index.train(_enough(sample_ND, 256))
+        try:
+            index.train(_enough(sample_ND, LEAST_TRAINED_ON))
+        except RuntimeError as error:
+            raise ValueError(
+                f"memory.index is {spec.kind!r}: FAISS cannot train it on {len(sample_ND):,} keys of {d} numbers: "
+                f"{_reason(error)}: take another index"
+            ) from None
     if spec.kind.startswith(FACTORY):
         _refuse_without_ranges(index, spec.kind)
     return index
@@ -362,4 +375,4 @@ def check_unit_rows(rows_ND: np.ndarray, what: str, first: int = 0) -> None:
 
 def _reason(error: RuntimeError) -> str:
     """FAISS's own words, without its source lines."""
-    return str(error).rpartition(": ")[2]
+    return str(error).rpartition(": ")[2].strip()
