@@ -151,6 +151,8 @@ def test_lines_of_several_text_files_have_ids_of_their_own(tmp_path: Path) -> No
         ("torn.txt.gz", gzip.compress(b"vim\n" * 100)[:-12], "is torn, or is no text file"),
         ("empty.jsonl.gz", b"", "is torn, or is no json file"),
         ("plain.txt.gz", b"vim\n", "is torn, or is no text file"),
+        ("windows.txt", "vim\nemacs\n".encode("utf-16"), "is UTF-16, by its first two bytes: save it as UTF-8"),
+        ("windows.jsonl.gz", gzip.compress('{"id": "1", "text": "x"}'.encode("utf-16")), "is UTF-16"),
         ("list.json", b'[\n{"id": 1,\n"text": "x"}\n]', "is no JSON-lines file"),
         ("other.jsonl", b'{"name": "1"}\n', r"no line has 'id'; the first has \['name'\]: name one by --id-column"),
         ("other.json", b'{"id": "1", "title": "x"}\n', "no line has 'text'.*--text-column"),

@@ -9,6 +9,7 @@ memory for a unit, not for a file.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ SILENT_BYTES = 1 << 30
 """To be cut without a line of progress."""
 NEWLINE = 10
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
+"""How such a file begins, which is no UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -273,8 +276,13 @@ def _cut_lines(file: InputFile, columns: Columns) -> CutFile:
     try:
         with _open_lines(file) as stream:
             while chunk := stream.read(CHUNK_BYTES):
-                if not at and file.kind == "json":
-                    _look(file, chunk, columns)
+                if not at:
+                    if chunk.startswith(
+                        UTF_16
+                    ):  # of such text many a line is UTF-8, too: with a NUL beside each letter
+                        raise ValueError(f"{file}: is UTF-16, by its first two bytes: save it as UTF-8")
+                    if file.kind == "json":
+                        _look(file, chunk, columns)
                 ends = at + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == NEWLINE)
                 while (taken := _lines_left(ends, firsts[-1] - lines, starts[-1])) <= len(ends):
                     firsts.append(lines + taken)
