@@ -87,8 +87,8 @@ class Embeddings:
         (self.folder / _unit_file(unit)).write(sink.getvalue())
 
     def of_shard(self, shard: int) -> Iterator[np.ndarray]:
-        """Embeddings [n, d] of a shard's keys in id order, a block at a time. Raises ValueError for a unit that does
-        not have the keys that it must have."""
+        """Embeddings [n, d] of a shard's keys in id order, a block at a time. Raises ValueError for a unit that is
+        torn, or has other keys than it must have."""
         with ThreadPoolExecutor(READERS) as threads:
             for start in range(0, self.units, BLOCK_UNITS):
                 units = range(start, min(start + BLOCK_UNITS, self.units))
@@ -115,17 +115,18 @@ class Embeddings:
     def _parts(self, unit: int, shards: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(key ids int64 [n], embeddings [n, d]) of each shard's keys in a unit: by memory map where the file is
         local."""
-        file, parts = self.folder / _unit_file(unit), []
+        file, parts, remedy = self.folder / _unit_file(unit), [], "remove it, and run the same command again"
         with pa.memory_map(file.path) if file.is_local else file.filesystem.open_input_file(file.path) as source:
-            batches = pa.ipc.open_file(source)
-            for shard in shards:
-                batch = batches.get_batch(shard)
+            try:
+                opened = pa.ipc.open_file(source)
+                batches = [opened.get_batch(shard) for shard in shards]
+            except pa.ArrowException as error:
+                raise ValueError(f"{file}: is torn ({error}): {remedy}") from None
+            for shard, batch in zip(shards, batches, strict=True):
                 ids, vectors = batch["key_id"].to_numpy(), batch["embedding"]
                 first, end = unit * UNIT_KEYS, unit * UNIT_KEYS + self.size(unit)
                 if not np.array_equal(ids, np.arange(first + (shard - first) % self.shards, end, self.shards)):
-                    raise ValueError(
-                        f"{file}: has other keys than it must have: remove it, and run the same command again"
-                    )
+                    raise ValueError(f"{file}: has other keys than it must have: {remedy}")
                 parts.append((ids, vectors.flatten().to_numpy().reshape(len(ids), vectors.type.list_size)))
         return parts
 

@@ -302,3 +302,14 @@ def test_a_unit_with_other_keys_is_refused(tmp_path: Path) -> None:
     (tmp_path / "unit-000001.arrow").write_bytes((tmp_path / "unit-000000.arrow").read_bytes())
     with pytest.raises(ValueError, match=r"unit-000001\.arrow: has other keys.*remove it"):
         list(embeddings.of_shard(0))
+
+
+def test_a_torn_unit_is_refused_by_name(tmp_path: Path) -> None:
+    embeddings = Embeddings(Folder.at(tmp_path), 5000, 2, "float32")
+    for unit in embeddings.missing():
+        embeddings.write(unit, np.ones((embeddings.size(unit), 4), np.float32))
+    torn = tmp_path / "unit-000001.arrow"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    for read in (lambda: list(embeddings.of_shard(0)), lambda: embeddings.take(np.array([1, 4999]))):
+        with pytest.raises(ValueError, match=r"unit-000001\.arrow: is torn.*remove it, and run the same command"):
+            read()
