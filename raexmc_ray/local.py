@@ -84,6 +84,10 @@ class Memory:
                 raise TypeError(f"texts[{place}] is no string, but {type(text).__name__}")
             if not text.strip():
                 raise ValueError(f"texts[{place}] is empty: there is nothing to label")
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+                raise ValueError(f"texts[{place}] is not UTF-8: it has half a surrogate pair: remove it") from None
         settings = self.settings(k, lambda_, temperature, neighbours)
         hits = self.search(self.encoder.encode(texts), settings.neighbours)
         lambda_, temperature = settings.lambda_, settings.temperature

@@ -68,6 +68,8 @@ def test_a_memory_over_an_untrained_encoder_answers(memory: Path, corpus: Corpus
         opened.predict([text, None])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"texts\[1\] is empty"):
         opened.predict([text, " "])
+    with pytest.raises(ValueError, match=r"texts\[1\] .* half a surrogate pair"):
+        opened.predict([text, "vi \ud83d"])
     with pytest.raises(ValueError):
         opened.predict([text], k=0)
 
