@@ -321,6 +321,25 @@ def test_other_defaults_share_the_files_of_what_was_built(
     assert len(raexmc_ray.open(memory).predict(["a text"])[0]) == 3
 
 
+def test_other_defaults_may_be_published_twice_at_once(
+    memory: Path, corpus: Corpus, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a job is sent twice. The other one runs whole in the middle of this one."""
+    plain, outran = os.link, []
+
+    def outrun(source: str, target: Path) -> None:
+        plain(source, target)
+        if not outran:
+            outran.append("begun")
+            outran.append(raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2), PredictionSection(k=3)))
+
+    monkeypatch.setattr(os, "link", outrun)
+    name = raexmc_ray.build(corpus, encoder, memory, MemorySection(shards=2), PredictionSection(k=3))
+    assert outran == ["begun", name]
+    assert raexmc_ray.open(memory).manifest.id == name
+    assert not list(snapshot(memory).rglob(".*")), "nothing is left beside the files"
+
+
 def test_a_file_that_was_altered_in_two_snapshots_is_mended(memory: Path, corpus: Corpus, encoder: TextEncoder) -> None:
     """They share it: what is said to be removed must not come back from the other one."""
     expected = raexmc_ray.open(memory).predict(["a text"], evidence=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,14 @@ def _share(source: Folder, target: Folder, entry: FileEntry) -> None:
         return
     path = Path(target.path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.shared")
-    beside.unlink(missing_ok=True)
+    # A name of its own: the same command may run twice at once, and none may take the other's away.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        os.link(source.path, beside)
-    except OSError:  # a filesystem without hard links
-        shutil.copyfile(source.path, beside)
-        sync(beside)
-    os.replace(beside, path)
-    beside.unlink(missing_ok=True)  # left by `replace` where both names are links to the same file
+        try:
+            os.link(source.path, beside)
+        except OSError:  # a filesystem without hard links
+            shutil.copyfile(source.path, beside)
+            sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)  # left by `replace` where both names are links to the same file
