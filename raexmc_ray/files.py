@@ -130,17 +130,28 @@ class Folder:
     @contextlib.contextmanager
     def filling(self) -> Iterator[Path]:
         """A local folder to write files into, which are at this path once it is left, and stay there though the power
-        fail: itself, where it is local."""
-        if self.is_local:
-            Path(self.path).mkdir(parents=True, exist_ok=True)
-            yield Path(self.path)
-            for folder, _, names in os.walk(self.path):
-                for path in (*(Path(folder) / name for name in names), Path(folder)):
-                    sync(path)
-        else:
+        fail. Where the path is local each of them appears whole, in one step: what another process has made meanwhile
+        may be open elsewhere, and is replaced, never written into."""
+        if not self.is_local:
             with Scratch() as scratch:
                 yield scratch
                 self.upload(scratch)
+            return
+        beside = Path(self.path) / f".filling.{uuid.uuid4().hex[:8]}"
+        beside.mkdir(parents=True)
+        try:
+            yield beside
+            for folder, _, names in os.walk(beside):
+                target = Path(self.path) / Path(folder).relative_to(beside)
+                target.mkdir(exist_ok=True)
+                for name in names:
+                    sync(Path(folder) / name)
+                    os.replace(Path(folder) / name, target / name)
+            for folder, inside, _ in os.walk(self.path):
+                inside[:] = [name for name in inside if not name.startswith(".")]  # they come and go
+                sync(Path(folder))
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
     @contextlib.contextmanager
     def appearing(self) -> Iterator[Path]:
@@ -151,9 +162,12 @@ class Folder:
                 yield local
             return
         beside = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}"
+        Path(beside.path).mkdir(parents=True)
         try:
-            with beside.filling() as local:
-                yield local
+            yield Path(beside.path)
+            for folder, _, names in os.walk(beside.path):
+                for path in (*(Path(folder) / name for name in names), Path(folder)):
+                    sync(path)
             try:
                 os.rename(beside.path, self.path)
             except OSError as error:
@@ -165,7 +179,7 @@ class Folder:
             beside.remove()
 
     def remove_left(self) -> None:
-        """Remove from this folder what `appearing` left there where its process was killed."""
+        """Remove from this folder what `filling` and `appearing` left there where their process was killed."""
         for name in self.names():
             if name.startswith("."):
                 (self / name).remove()

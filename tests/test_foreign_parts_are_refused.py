@@ -133,6 +133,29 @@ def test_a_written_file_is_whole_or_the_old_one(tmp_path: Path) -> None:
     assert (Folder.at(tmp_path).names(), file.read()) == (["CURRENT"], b"two\n"), "nothing is left beside it"
 
 
+def test_a_folder_that_is_filled_again_has_whole_files_and_writes_into_none(tmp_path: Path) -> None:
+    """Two commands that stage one encoder: what the first has put there, actors have open."""
+    folder, file = Folder.at(tmp_path / "encoder"), tmp_path / "encoder/inner/weights"
+
+    def fill(content: bytes) -> None:
+        with folder.filling() as local:
+            (local / "inner").mkdir(exist_ok=True)
+            (local / "inner/weights").write_bytes(content)
+            assert file.exists() is (content != b"first")
+            assert content == b"first" or file.read_bytes() == b"first", "the old one while it is written"
+            if content == b"broken off":
+                raise KeyboardInterrupt
+
+    fill(b"first")
+    with file.open("rb") as reader:
+        with pytest.raises(KeyboardInterrupt):
+            fill(b"broken off")
+        assert file.read_bytes() == b"first"
+        fill(b"second")
+        assert (reader.read(), file.read_bytes()) == (b"first", b"second")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "encoder", tmp_path / "encoder/inner", file]
+
+
 def test_a_folder_that_another_makes_while_it_is_listed_is_empty_or_there(tmp_path: Path) -> None:
     """Actors that begin at the same time look what is there, and make the folder where there is none."""
     folder, ended = tmp_path / "made and gone", threading.Event()

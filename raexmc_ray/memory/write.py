@@ -237,6 +237,7 @@ def finish_snapshot(
             (local / names[-1]).parent.mkdir(parents=True, exist_ok=True)
             (local / names[-1]).write_bytes(trained)
         files = {name: describe_file(local / name) for name in names}
+        _refuse_published(plan)
     for entries in shards:
         files |= entries
     if not is_written(plan, files):
@@ -257,6 +258,7 @@ def finish_snapshot(
         files=files,
     )
     publish(plan.memory, manifest)
+    plan.folder.remove_left()  # not before: another build that it takes something from finds this one published
     plan.work.remove()
 
 
