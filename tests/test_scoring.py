@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +15,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import scipy.sparse as sp
 from helpers import corpus_of, tiny_encoder
 
 import raexmc_ray
 from raexmc_ray.files import Folder
 from raexmc_ray.inputs import units
-from raexmc_ray.inputs.job import Summary
+from raexmc_ray.inputs.job import Summary, Task, find_files
+from raexmc_ray.inputs.rows import Columns
+from raexmc_ray.inputs.units import cut_files
+from raexmc_ray.memory.pool import ShardPool
+from raexmc_ray.memory.snapshot import LABELS, open_snapshot
 from raexmc_ray.recipe import ClusterSection, Precision, PredictionSection
-from raexmc_ray.score.run import ScoreJob, score
+from raexmc_ray.score.run import ScoreJob, _UnitScorer, score
 
 SETTINGS = PredictionSection(k=5, temperature=0.08)
 
@@ -214,3 +221,26 @@ def test_an_output_among_the_inputs_hides_none_of_them(
         run(small_memory, [inputs], inputs / "sub")
     with pytest.raises(ValueError, match=r"sub: there is no file in it that ends in .*, but for what this job writes"):
         run(small_memory, [inputs / "sub"], inputs / "sub")
+
+
+@pytest.mark.faults
+@pytest.mark.ray
+def test_a_shard_that_comes_back_to_a_damaged_snapshot_ends_the_job_with_what_is_wrong(
+    ray_cluster: str, small_memory: Path, tmp_path: Path
+) -> None:
+    """Not with Ray Data's trace of it."""
+    memory = Folder.at(shutil.copytree(small_memory, tmp_path / "memory"))
+    opened, rows = open_snapshot(memory), tmp_path / "a.jsonl"
+    rows.write_text(json.dumps({"id": "a", "text": "a text editor"}) + "\n")
+    files = find_files([str(rows)], Folder.at(tmp_path / "out"), ScoreJob)
+    said = {"evidence": 0, "precision": "float32", "device": "cpu, threads: 1"}
+    job = ScoreJob.over(files, Columns(), snapshot=opened.manifest.id, settings=SETTINGS, **said)
+    units_of_file = cut_files(files, Columns())[0].table(0, np.array([0]))
+    labels = ray.put(pq.read_table(opened.file(LABELS), columns=["uid", "text"]).combine_chunks())
+    with ShardPool(memory, opened) as pool:
+        worker = _UnitScorer(Task(Folder.at(tmp_path / "out"), files, job), memory, pool, labels, 1, False)
+        Path((opened.folder / "segments/0000/shard-0001/keys.arrow").path).write_bytes(b"torn")
+        os.kill(ray.get(pool.actors[1].pid.remote()), signal.SIGKILL)
+        (error,) = worker(units_of_file)["error"]
+    assert "shard-0001/keys.arrow: has 4 bytes, the manifest says" in error
+    assert "\n" not in error

@@ -27,7 +27,7 @@ from raexmc_ray.inputs.rows import Columns, Rejected, UnitRows, encode_rows
 from raexmc_ray.memory.index import use_threads
 from raexmc_ray.memory.pool import SHARD_CPUS, ShardPool, ShardUnavailableError
 from raexmc_ray.memory.shard import cut_texts
-from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, open_snapshot
+from raexmc_ray.memory.snapshot import LABELS, Manifest, Snapshot, SnapshotError, open_snapshot
 from raexmc_ray.predict import aggregate, vote_evidence
 from raexmc_ray.recipe import ClusterSection, Precision, PredictionSection
 from raexmc_ray.score.predictions import no_predictions, predictions_table
@@ -139,7 +139,8 @@ def _threads(cluster: ClusterSection) -> int:
 class _UnitScorer(UnitWorker):
     """An actor that encodes the texts of units, and asks the shard actors."""
 
-    ENDS_THE_JOB = (*UnitWorker.ENDS_THE_JOB, ShardUnavailableError)
+    # A SnapshotError is of a shard that was lost, and opened again what somebody has damaged or removed meanwhile.
+    ENDS_THE_JOB = (*UnitWorker.ENDS_THE_JOB, ShardUnavailableError, SnapshotError)
 
     def __init__(self, task: Task, memory: Folder, pool: ShardPool, labels: Any, threads: int, gpu: bool) -> None:
         assert isinstance(task.job, ScoreJob)
