@@ -276,13 +276,10 @@ def _cut_lines(file: InputFile, columns: Columns) -> CutFile:
     try:
         with _open_lines(file) as stream:
             while chunk := stream.read(CHUNK_BYTES):
-                if not at:
-                    if chunk.startswith(
-                        UTF_16
-                    ):  # of such text many a line is UTF-8, too: with a NUL beside each letter
-                        raise ValueError(f"{file}: is UTF-16, by its first two bytes: save it as UTF-8")
-                    if file.kind == "json":
-                        _look(file, chunk, columns)
+                if not at and chunk.startswith(UTF_16):  # most of its lines are UTF-8, too: a NUL beside each letter
+                    raise ValueError(f"{file}: is UTF-16, by its first two bytes: save it as UTF-8")
+                if not at and file.kind == "json":
+                    _look(file, chunk, columns)
                 ends = at + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == NEWLINE)
                 while (taken := _lines_left(ends, firsts[-1] - lines, starts[-1])) <= len(ends):
                     firsts.append(lines + taken)
