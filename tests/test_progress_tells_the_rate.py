@@ -19,6 +19,7 @@ from raexmc_ray.progress import Progress, said_if_long
 from raexmc_ray.recipe import Recipe
 from raexmc_ray.train import watch
 from raexmc_ray.train.plan import Plan
+from raexmc_ray.train.worker import Reporter
 
 
 def test_what_was_done_before_is_in_the_count_and_not_in_the_rate() -> None:
@@ -56,6 +57,20 @@ def test_the_first_look_at_a_training_tells_no_rate(monkeypatch: pytest.MonkeyPa
     watcher._show()
     assert f"train: {(done + 10) * 256:,} of 256,000 texts, 256.00 texts/s" in str(watcher._progress._bar)
     assert str(watcher._progress._bar).endswith("epoch=0.1, loss=2.900")
+
+
+def test_the_end_is_told_with_the_figures_of_its_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raexmc_ray.train.worker.REPORT_EVERY_S", 60.0)
+    told: list[tuple[int, dict[str, float]]] = []
+    report = Reporter(lambda *update: told.append(update))
+    report(0, {})
+    for step in (1, 2):
+        report(step, {"epoch": step / 2, "loss": 3.0 - step})
+    assert told == [(0, {})], "not of each step"
+    assert report.untold == {"epoch": 1.0, "loss": 1.0}
+    report(2, {"P@1": 50.0})
+    assert told[1:] == [(2, {"epoch": 1.0, "loss": 1.0, "P@1": 50.0})]
+    assert not report.untold
 
 
 @pytest.mark.parametrize("long", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,14 +80,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
-    reported = 0.0
-
-    def report(step: int, figures: dict[str, float]) -> None:
-        nonlocal reported
-        if rank == 0 and ("loss" not in figures or time.monotonic() - reported > REPORT_EVERY_S):
-            reported = time.monotonic()
-            progress.update.remote(step, figures)
-
+    report = Reporter(progress.update.remote if rank == 0 else lambda *_: None)
     folder = Folder.at(config["folder"])
     strangers = count_strangers(folder / MARK, config["mark"], device, ranks)
     if strangers:
@@ -106,7 +100,22 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> None:
             ray.get(progress.stop.remote(error))
         return
     if rank == 0:
-        ray.get(progress.update.remote(state.step, {}))
+        ray.get(progress.update.remote(state.step, report.untold))
+
+
+class Reporter:
+    """Tells how far a run is, and of steps that follow one another fast not of each. `untold`: the figures since."""
+
+    def __init__(self, tell: Callable[[int, dict[str, float]], object]) -> None:
+        self._tell, self._told = tell, 0.0
+        self.untold: dict[str, float] = {}
+
+    def __call__(self, step: int, figures: dict[str, float]) -> None:
+        """So many steps are done."""
+        self.untold |= figures
+        if "loss" not in figures or time.monotonic() - self._told > REPORT_EVERY_S:
+            self._told, told, self.untold = time.monotonic(), self.untold, {}
+            self._tell(step, told)
 
 
 def count_strangers(mark: Folder, content: str, device: torch.device, ranks: int) -> int:
