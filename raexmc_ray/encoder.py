@@ -1,8 +1,8 @@
 """The shared text tower: tokenise, encode, save, load, fingerprint.
 
-One transformer embeds instances and labels alike: token states averaged over the text, then L2-normalised
-(METHOD.md, Notation), so an inner product of two embeddings is their cosine. An encoder of a memory may join a lexical
-part to it (lexical.py), which takes no part in training.
+One transformer embeds instances and labels alike: token states averaged over the text, then L2-normalised,
+so an inner product of two embeddings is their cosine. An encoder of a memory may join a lexical part to it
+(lexical.py), which takes no part in training.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PASSING_CONFIG = frozenset({"_name_or_path", "transformers_version", "architectu
 
 
 class TextEncoder(nn.Module):
-    """The shared tower f of METHOD.md. Build one with `load`."""
+    """The shared tower, f of the formulas. Build one with `load`."""
 
     def __init__(self, model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, max_tokens: int) -> None:
         super().__init__()

@@ -74,8 +74,8 @@ class Memory:
     ) -> list[list[ScoredLabel]]:
         """The best k labels of each text, in the order (score descending, label ascending).
 
-        lambda_, temperature, neighbours: as in METHOD.md; the snapshot's defaults where left out. An integer
-        for `neighbours` is the joint number. evidence: how many keys are named for each label.
+        lambda_, temperature, neighbours: as in a recipe; the snapshot's defaults where left out. An integer for
+        `neighbours` is the joint number. evidence: how many keys are named for each label.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of texts: write predict([text])")

@@ -1,4 +1,4 @@
-"""P@k, nDCG@k, PSP@k, PSnDCG@k and R@k as pyxclib computes them (METHOD.md, Metrics), and which labels they come from.
+"""P@k, nDCG@k, PSP@k, PSnDCG@k and R@k as pyxclib computes them, and which labels they come from.
 
 Binary relevance. Rows without labels are excluded from every mean. A row with fewer than k predictions is padded
 with wrong ones. No array is as long as rows × labels: predictions are looked up in the sorted pairs (row, label).

@@ -1,4 +1,4 @@
-"""The contrastive loss over the in-batch memory (METHOD.md, Training objective).
+"""The contrastive loss over the in-batch memory (RAE-XMC, arXiv 2502.10615).
 
 For query i with positive label p, similarities s divided by the temperature τ:
 
@@ -6,7 +6,7 @@ For query i with positive label p, similarities s divided by the temperature τ:
 
 The loss is the mean over i of the mean over its positives.
 
-Beyond METHOD.md, the instances that share a label with i need not be masked: with `votes`, e^{s(x_i,z_p)} becomes
+Beyond the paper, the instances that share a label with i need not be masked: with `votes`, e^{s(x_i,z_p)} becomes
 e^{s(x_i,z_p)} + Σ_{j≠i, y_jp=1} e^{s(x_i,x_j)}, the sum over all keys of the in-batch memory that vote for p. L_ip is
 then the negative log-likelihood of p under the prediction itself, with λ = 1/2, its own key left out.
 

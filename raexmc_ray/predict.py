@@ -1,4 +1,4 @@
-"""Prediction: p̂ = softmax(q Kᵀ / τ) V over the retrieved keys (METHOD.md, Prediction).
+"""Prediction: p̂ = softmax(q Kᵀ / τ) V over the retrieved keys (RAE-XMC, arXiv 2502.10615).
 
 An instance among the hits votes for its labels with weight λ, a label for itself with 1 − λ.
 `aggregate` turns hits into labels; `vote_evidence` says which keys a label owes its score to.

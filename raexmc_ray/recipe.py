@@ -50,7 +50,7 @@ class CorpusSection(Section):
     """Above zero, this share of the training instances stands in for the test part, which is not touched:
     for choosing settings."""
     propensity_a: float = Field(0.55, gt=0)
-    """A of the inverse propensity (METHOD: 0.6 Amazon titles, 0.55 WikiSeeAlso, 0.5 Wikipedia)."""
+    """A of the inverse propensity (the public benchmarks: 0.6 Amazon titles, 0.55 WikiSeeAlso, 0.5 Wikipedia)."""
     propensity_b: float = Field(1.5, ge=0)
     """B of the inverse propensity (2.6 Amazon titles, 1.5 WikiSeeAlso, 0.4 Wikipedia)."""
 
@@ -80,13 +80,13 @@ class EncoderSection(Section):
 
 class ObjectiveSection(Section):
     kind: Literal["decoupled", "softmax"] = "decoupled"
-    """`decoupled`: known positives are no negatives (METHOD). `softmax`: plain InfoNCE."""
+    """`decoupled`: known positives are no negatives (RAE-XMC). `softmax`: plain InfoNCE."""
     instances: Literal["in_batch", "none"] = "in_batch"
     """Whether the batch's other instances are negatives too; `none` is the plain dual encoder."""
     positives: Literal["drawn", "in_batch"] = "in_batch"
     """Which labels count as positives: the drawn ones, or every label of the batch known to be one."""
     shared: Literal["masked", "voting"] = "masked"
-    """What the batch's instances are that share a label with a query: neither positive nor negative (METHOD), or keys
+    """What the batch's instances are that share a label with a query: neither positive nor negative (RAE-XMC), or keys
     that vote for the label, as they do in prediction. Batches of neighbours bring them together."""
 
     @model_validator(mode="after")
@@ -97,7 +97,7 @@ class ObjectiveSection(Section):
 
 
 class MiningSection(Section):
-    """Hard negatives (METHOD.md, Training objective), found with the encoder as it is at the time."""
+    """Hard negatives, found with the encoder as it is at the time."""
 
     batches: Literal["random", "neighbours"] = "random"
     """`neighbours` puts instances that lie close to each other into the same batch, so that its labels and
@@ -189,7 +189,7 @@ class LexicalSection(Section):
     be built with it and without from the same encoder."""
 
     weight: float = Field(0.0, ge=0, lt=1)
-    """w: a similarity is 1 − w of the tower's cosine and w of the TF-IDF vectors'. 0: the tower alone (METHOD)."""
+    """w: a similarity is 1 − w of the tower's cosine and w of the TF-IDF vectors'. 0: the tower alone (RAE-XMC)."""
     dimension: int = Field(512, ge=16)
     """Numbers that it adds to a key."""
 
@@ -284,7 +284,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_temperature(self) -> Self:
-        """τ is the same in training and prediction unless both are set (METHOD.md)."""
+        """τ is the same in training and prediction unless both are set."""
         if "temperature" in self.training.model_fields_set - self.prediction.model_fields_set:
             same = self.prediction.model_copy(update={"temperature": self.training.temperature})
             object.__setattr__(self, "prediction", same)  # frozen

@@ -1,4 +1,4 @@
-"""The metrics, over random predictions, are METHOD.md's definitions in plain loops."""
+"""The metrics, over random predictions, are their definitions in plain loops."""
 
 from __future__ import annotations
 

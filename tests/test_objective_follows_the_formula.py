@@ -1,4 +1,4 @@
-"""The loss is METHOD.md's formula, term by term, whether taken at once or in blocks of queries."""
+"""The loss is the formula of objective.py, term by term, whether taken at once or in blocks of queries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def unit(rng: np.random.Generator, rows: int, d: int = 5) -> torch.Tensor:
 
 
 def naive(q, z, x, y, positive, share, own, tau, decoupled, votes):
-    """METHOD.md in plain loops; `share[i, j]`: y_i and y_j meet."""
+    """The formula in plain loops; `share[i, j]`: y_i and y_j meet."""
     total = 0.0
     for i in range(len(q)):
         s = lambda v: float(q[i] @ v) / tau  # noqa: B023, E731

@@ -33,7 +33,7 @@ def hits_of(rows: list[list[tuple[int, float, bool, list[int]]]]) -> Hits:
 
 
 def dense(row: list, lambda_: float, tau: float) -> dict[int, dict[int, float]]:
-    """{label: {key id: what it gives}} by METHOD.md, with no trick for stability."""
+    """{label: {key id: what it gives}} by the formula, with no trick for stability."""
     total = sum(math.exp(float(np.float32(score)) / tau) for _, score, _, _ in row)
     votes: dict[int, dict[int, float]] = {}
     for key, score, is_label, labels in row:

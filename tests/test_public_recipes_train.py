@@ -25,7 +25,7 @@ PUBLIC = {
     "lf_wikipedia_500k": (0.5, 0.4, 256, ("title", "content"), 768, 7e-5),
     "lf_amazontitles_1_3m": (0.6, 2.6, 32, ("title",), 3000, 3e-4),
 }
-"""METHOD.md, Public benchmarks: A, B, tokens, fields, and DEXML's batch a GPU and learning rate."""
+"""Of the public benchmarks: A, B, tokens, fields, and DEXML's batch a GPU and learning rate."""
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def test_what_is_written_of_a_recipe_has_no_credentials(who: str) -> None:
 
 
 def test_the_temperature_is_the_trainings_unless_it_is_set() -> None:
-    """METHOD.md: τ is the same in training and prediction unless set."""
+    """τ is the same in training and prediction unless set."""
     corpus = {"corpus": {"path": "x"}}
     for settings, overrides, expected in (
         ({}, [], (0.05, 0.05)),

@@ -30,7 +30,10 @@ def score(
     ] = None,
     gpu: Annotated[bool, typer.Option(help="Give each encoder actor a GPU.")] = False,
     precision: Annotated[
-        Precision, typer.Option(help="auto: bfloat16 on GPUs, float32 on CPUs; bfloat16 is 1.6 times as fast there.")
+        Precision,
+        typer.Option(
+            help="auto: bfloat16 on GPUs, float32 on CPUs; CPUs that have bfloat16 are 1.6 times as fast in it."
+        ),
     ] = "auto",
 ) -> None:
     """Label whole data sets. Stopped, the same command goes on."""

@@ -26,7 +26,8 @@ def serve(
         int | None, typer.Option(min=1, help="Threads of the encoder; as many as CPUs, four at most, if left out.")
     ] = None,
     encoder_precision: Annotated[
-        Precision, typer.Option(help="auto: bfloat16 on GPUs, float32 on CPUs; bfloat16 encodes sooner there.")
+        Precision,
+        typer.Option(help="auto: bfloat16 on GPUs, float32 on CPUs; CPUs that have bfloat16 encode sooner in it."),
     ] = "auto",
     shard_replicas: Annotated[int, typer.Option(min=1, help="Replicas of each shard.")] = 1,
 ) -> None:

@@ -1,8 +1,8 @@
 """Training rows that settings may be chosen on: never the test part, and if possible none that the encoder knows.
 
-A training row is in the memory itself: its own key is masked (METHOD.md, Prediction). That is enough for an encoder
-that was not trained on the row. One that was has drawn the row to its labels: their keys seem better evidence than they
-are for a new text, and a λ chosen on such rows is wrong. So the rows are, the first of these that there are:
+A training row is in the memory itself: its own key is masked. That is enough for an encoder that was not
+trained on the row. One that was has drawn the row to its labels: their keys seem better evidence than they are for a
+new text, and a λ chosen on such rows is wrong. So the rows are, the first of these that there are:
 
 1. `corpus.holdout`: the rows that stand in for the test part, which neither memory nor encoder has seen;
 2. the rows that the training kept aside to evaluate on (`training.evaluation`): in the memory, not in the training;

@@ -1,10 +1,11 @@
 """Environment variables of a cluster that serves: Serve's processes read them where they start.
 
 `raexmc serve` sets them for the cluster that it starts. Others set them for `ray start` on every node, as
-`serve_configs/kuberay.yaml` does. Where they are not set the application answers all the same, later.
+`serve_configs/kuberay.yaml` does. Where they are not set the application answers all the same, more slowly.
 """
 
 ENVIRONMENT = {
+    # A flood is refused where it comes in (gate.py), beyond RAEXMC_REQUESTS_AT_A_TIME, which is set beside these.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raexmc_ray.serve.gate:middlewares",
     # A call between deployments is then a message and its reply. By default it is a stream of objects through Ray's
     # store, which takes about twice the time.
