@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -19,10 +21,12 @@ from ray.exceptions import ActorUnavailableError
 
 import raexmc_ray
 from raexmc_ray.answer import KeyVote, ScoredLabel
+from raexmc_ray.cli import serving
 from raexmc_ray.cli.output import console, print_answer, print_plain, say_bytes
 from raexmc_ray.corpus import read_corpus
 from raexmc_ray.encoder import TextEncoder
 from raexmc_ray.memory.write import build_memory
+from raexmc_ray.serve.environment import WITHOUT_A_LOOP
 from raexmc_ray.serve.errors import DeploymentFailedError
 from raexmc_ray.serve.rollout import _hold, rollback, rollout
 
@@ -109,6 +113,27 @@ def test_what_serve_cannot_do_is_said_and_is_no_trace(monkeypatch: pytest.Monkey
     for ask in (rollout, rollback):
         with pytest.raises(DeploymentFailedError, match=r"^Ray Serve answers 503: Failed .* the controller$"):
             ask()
+
+
+@pytest.mark.parametrize("command", ["rollout", "rollback"])
+def test_serve_says_nothing_of_its_own_on_the_terminal(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, heard = logging.getLogger("ray.serve"), []
+    before = log.level
+    monkeypatch.setattr("raexmc_ray.cluster.connected", lambda **_: contextlib.nullcontext())
+    for name in WITHOUT_A_LOOP:
+        monkeypatch.setenv(name, "")  # put back afterwards
+
+    def move(*_: object) -> tuple[str, str]:
+        heard.append(log.isEnabledFor(logging.INFO))
+        return "a", "b"
+
+    monkeypatch.setattr(f"raexmc_ray.serve.rollout.{command}", move)
+    try:
+        log.setLevel(logging.INFO)  # as Serve does where it is imported
+        getattr(serving, command)()
+    finally:
+        log.setLevel(before)
+    assert heard == [False]
 
 
 def test_brackets_in_texts_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

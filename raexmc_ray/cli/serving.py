@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import Annotated
@@ -74,6 +75,7 @@ def rollout(
     os.environ |= WITHOUT_A_LOOP
     from raexmc_ray.serve.rollout import rollout
 
+    _quieten_serve()
     with connected(existing=True):
         before, after = rollout(snapshot, application)
     console.print(f"{application} answers from {after}; before it was {before}", soft_wrap=True)
@@ -87,6 +89,12 @@ def rollback(application: Application = "raexmc") -> None:
     os.environ |= WITHOUT_A_LOOP
     from raexmc_ray.serve.rollout import rollback
 
+    _quieten_serve()
     with connected(existing=True):
         before, after = rollback(application)
     console.print(f"{application} answers from {after} again, no longer from {before}", soft_wrap=True)
+
+
+def _quieten_serve() -> None:
+    """What Serve says of its own, line by line, is for a replica's log; it sets this itself where it is imported."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
