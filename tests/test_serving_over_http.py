@@ -118,6 +118,9 @@ def test_labels_are_found_by_uid_and_by_how_they_begin(served: str, memory: raex
             begins = {r["index"] for r in rows if r["text"].lower().startswith(prefix.lower())}
             begins |= {r["index"] for r in rows if r["uid"].startswith(prefix)}
             assert {label.label for label in client.labels(prefix, limit=100).labels} == begins
+        for other in (f"{rows[0]['uid']}\n", "\n", "a\nb"):
+            with pytest.raises(ApiError, match=r"404 .*uid"):
+                client.label(other)
         for uid in ("a/b c", ".", ".."):
             with pytest.raises(ApiError, match=f"no label of this memory has the uid '{re.escape(uid)}'"):
                 client.label(uid)

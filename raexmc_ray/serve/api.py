@@ -13,6 +13,7 @@ from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from ray.serve.exceptions import RayServeException
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from raexmc_ray.label_lookup import label_rows
@@ -48,6 +49,16 @@ EXAMPLES = {
     503: ("A shard did not answer", str(MissingShardsError([2]))),
 }
 """Of each status, a title and a detail."""
+
+
+class _Whole(PathConvertor):
+    """All that is left of a path. Starlette's own `path` ends at a line break, and finds another label than was asked
+    for."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("whole", _Whole())
 
 
 def _errors(**said: str) -> dict[int | str, dict[str, Any]]:
@@ -154,7 +165,7 @@ def _add_routes(api: FastAPI, ingress: Ingress, settings: ServeSettings) -> None
         return LabelsReply(snapshot=view.manifest.id, labels=[LabelReply.model_validate(row) for row in rows])
 
     @api.get(
-        "/v1/labels/{uid:path}",
+        "/v1/labels/{uid:whole}",
         responses=_errors(e404="There is no such label", e422="The request is not valid"),
     )
     async def label(
