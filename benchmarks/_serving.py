@@ -126,7 +126,7 @@ def load(url: str, texts: list[str], callers: int, seconds: int) -> dict[str, An
     )
     command = [wrk, "-t1", f"-c{callers}", f"-d{seconds}s", "--timeout", "30s", "-s", str(script), url]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 60).stdout
-    found = json.loads(re.search(r"RESULT (.*)", said)[1])  # type: ignore[index]
+    found = json.loads(re.search(r"RESULT (.*)", said)[1])  # type: ignore[index]  # the script prints one
     if found["bad"]:
         raise RuntimeError(f"{found['bad']} requests failed: {said}")
     return {

@@ -47,7 +47,10 @@ if __name__ == "__main__":
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options=HTTPOptions(port=port))
     small = {"num_cpus": 0.1}
-    parts = [Nothing.options(name=f"Nothing-{i}", ray_actor_options=small).bind() for i in range(shards)]  # type: ignore[attr-defined]
-    encoder = Nothing.options(name="Encoder", ray_actor_options=small).bind()  # type: ignore[attr-defined]
-    serve.run(Ingress.options(ray_actor_options=small).bind(encoder, *parts))  # type: ignore[attr-defined]
+    # What Serve's decorator makes of a class, mypy takes for the class.
+    worker: Any = Nothing
+    ingress: Any = Ingress
+    parts = [worker.options(name=f"Nothing-{i}", ray_actor_options=small).bind() for i in range(shards)]
+    encoder = worker.options(name="Encoder", ray_actor_options=small).bind()
+    serve.run(ingress.options(ray_actor_options=small).bind(encoder, *parts))
     threading.Event().wait()

@@ -138,7 +138,8 @@ def trained_encoder(recipe: Recipe, corpus: Corpus) -> Folder:
 
 def run_key(recipe: Recipe, corpus: Corpus) -> str:
     """Names a training run by all that its result follows from."""
-    encoder, training, prediction = (recipe.record()[name] for name in ("encoder", "training", "prediction"))
+    recorded = recipe.record()  # who reads an encoder from a store is no part of it
+    encoder, training, prediction = (recorded[name] for name in ("encoder", "training", "prediction"))
     # What does nothing beside the other settings counts as it is by default.
     for name in idle_settings(recipe.training.mining):
         training["mining"][name] = MiningSection.model_fields[name].default
